@@ -1,0 +1,52 @@
+"""Makes diffusion transformers better after training: scales and a reward, gradient-free or with gradients.
+
+The public names load lazily, so that `import calibri_lightning` takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calibri_lightning.backbones import SD3
+    from calibri_lightning.calibration import fuse, load_calibration, read_calibration, unload_calibration
+    from calibri_lightning.data import PromptData
+    from calibri_lightning.errors import UserError
+    from calibri_lightning.module import CalibrationConfig, CalibriModule
+    from calibri_lightning.strategies import CMAES, PairES
+
+_HOMES = {
+    "CMAES": "strategies",
+    "CalibrationConfig": "module",
+    "CalibriModule": "module",
+    "PairES": "strategies",
+    "PromptData": "data",
+    "SD3": "backbones",
+    "UserError": "errors",
+    "fuse": "calibration",
+    "load_calibration": "calibration",
+    "read_calibration": "calibration",
+    "unload_calibration": "calibration",
+}
+
+__all__ = [
+    "CMAES",
+    "SD3",
+    "CalibrationConfig",
+    "CalibriModule",
+    "PairES",
+    "PromptData",
+    "UserError",
+    "fuse",
+    "load_calibration",
+    "read_calibration",
+    "unload_calibration",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name at its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'calibri_lightning' has no attribute {name!r}")
+    return getattr(import_module(f"calibri_lightning.{_HOMES[name]}"), name)

@@ -1,0 +1,216 @@
+"""Loads a diffusers pipeline, or says in one sentence why it cannot be loaded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from calibri_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Component = tuple[str | None, str | None]
+"""Library and class of a component, as model_index.json names them."""
+DType = Literal["float32", "bfloat16"]
+
+SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
+"""The embedded pipeline, an ordinary diffusers folder."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def load_pipeline(
+    cls: type[DiffusionPipeline], pretrained: str, dtype: DType, revision: str | None
+) -> DiffusionPipeline:
+    """Loads a pipeline from a folder, the Hub or the package; never from pickle, only from safetensors.
+
+    Args:
+        cls: Pipeline class that the folder must hold.
+        pretrained: "shapes", a folder, or a Hub id "owner/name".
+        dtype: Type of all networks.
+        revision: Branch, tag or commit of a Hub repository.
+
+    Returns:
+        The pipeline on the CPU, all networks frozen and in evaluation mode.
+
+    Raises:
+        UserError: If dtype is unknown, or the pipeline is absent, incomplete, damaged or of another class.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
+    folder = _folder(cls, pretrained, revision)
+    index = check_folder(folder, cls.__name__)
+    networks = {
+        name: _load_network(folder, name, network, getattr(torch, dtype))
+        for name, entry in index.items()
+        if (network := _network_class(entry)) is not None
+    }
+    # Of some components that a pipeline does without, from_pretrained (0.42.1) wants to be told.
+    absent = dict.fromkeys(name for name, (library, _) in index.items() if library is None)
+    try:
+        pipe = cls.from_pretrained(str(folder), **networks, **absent)
+    # A damaged file surfaces as one of a dozen exception classes of six libraries.
+    except Exception as error:
+        raise UserError(
+            f"The model folder {folder} could not be loaded ({_first_line(error)}). "
+            "Check that its files belong together and are complete."
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    freeze(pipe)
+    return pipe
+
+
+def _folder(cls: type[DiffusionPipeline], pretrained: str, revision: str | None) -> Path:
+    if pretrained == "shapes":
+        if not SHAPES_FOLDER.is_dir():
+            raise UserError(
+                f"The embedded model's folder {SHAPES_FOLDER} is absent; the package ships it. "
+                "Reinstall the package, or make it with `python -m calibri_lightning.shapes.train`."
+            )
+        return SHAPES_FOLDER
+    if Path(pretrained).is_dir():
+        return Path(pretrained)
+    if not _HUB_ID.fullmatch(pretrained):
+        raise UserError(
+            f"pretrained is {pretrained!r}, which is neither an existing folder nor a Hub id 'owner/name' "
+            "nor 'shapes'. Check the path."
+        )
+    try:
+        return Path(cls.download(pretrained, revision=revision, use_safetensors=True))
+    except Exception as error:
+        raise UserError(
+            f"The model {pretrained!r} could not be fetched from the Hub ({_first_line(error)}). Check its "
+            "name, "
+            "your network and, for a gated model, `hf auth login`; or give a local folder."
+        ) from error
+
+
+def _network_class(entry: Component) -> Any:
+    """The class of a component that is a network of diffusers or transformers, else None."""
+    library, name = entry
+    if library not in ("diffusers", "transformers") or name is None:
+        return None
+    found = getattr(importlib.import_module(library), name, None)
+    return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
+
+
+def _load_network(folder: Path, name: str, network: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """Loads one network; a tensor that the files lack would otherwise be drawn at random, with a warning."""
+    fix = "Download the model again, or copy the component from the original folder."
+    try:
+        loaded, report = network.from_pretrained(
+            str(folder), subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise UserError(
+            f"The component {name!r} of {folder} could not be loaded ({_first_line(error)}). {fix}"
+        ) from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+        raise UserError(
+            f"The weights of component {name!r} of {folder} lack {len(wrong)} tensor(s) of its "
+            "config.json, or have "
+            f"them in another shape: {', '.join(wrong[:3])}. {fix}"
+        )
+    return loaded
+
+
+def freeze(pipe: DiffusionPipeline) -> None:
+    """Puts all networks of a pipeline into evaluation mode, without gradients.
+
+    Text encoders that were built rather than loaded start in train mode, where T5's dropout changes every
+    embedding.
+
+    Args:
+        pipe: The pipeline, changed in place.
+    """
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+
+
+def check_folder(folder: Path, class_name: str) -> dict[str, Component]:
+    """Checks that a diffusers folder is complete before anything is loaded.
+
+    Args:
+        folder: The folder.
+        class_name: Pipeline class that it must hold.
+
+    Returns:
+        Library and class of each component; (None, None) for one that the pipeline does without.
+
+    Raises:
+        UserError: If model_index.json is absent, unreadable or names another class, or if a component is
+            missing.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            f"The model folder {folder} has no model_index.json; a diffusers pipeline folder has one at "
+            "its top. "
+            "Give the folder that `save_pretrained` wrote."
+        )
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        found = entries["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{index} is not a diffusers model index ({error!r}). Restore the file or download the model "
+            "again."
+        ) from error
+    if found != class_name:
+        raise UserError(
+            f"The model folder {folder} holds a {found}; this backbone needs a {class_name}. "
+            "Choose the backbone of that family."
+        )
+    components = {name: (e[0], e[1]) for name, e in entries.items() if isinstance(e, list) and len(e) == 2}
+    for name, (library, _) in components.items():
+        if library is not None:
+            _check_component(folder, name)
+    return components
+
+
+def _check_component(folder: Path, name: str) -> None:
+    part = folder / name
+    fix = "Download the model again, or copy the component from the original folder."
+    if not part.is_dir() or not any(part.iterdir()):
+        raise UserError(
+            f"The model folder {folder} lacks its component {name!r}: model_index.json lists it, {part} is "
+            f"absent or empty. {fix}"
+        )
+    # A network has a config.json; tokenizers, schedulers and processors are configured otherwise.
+    if (part / "config.json").is_file() and not any(
+        file for pattern in _WEIGHTS for file in part.glob(pattern)
+    ):
+        raise UserError(
+            f"The component {name!r} of {folder} has no weights: {part} holds no .safetensors file. {fix}"
+        )
+    for file in part.glob("*.safetensors"):
+        _check_weights(file, name)
+
+
+def _check_weights(file: Path, name: str) -> None:
+    """Reads a safetensors file's header, which finds truncated and foreign files without reading tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            weights.keys()
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"The weights of component {name!r} are damaged: {file} is not a complete safetensors file "
+            f"({error}). "
+            "Download or copy that file again."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,105 @@
+"""Folds scales into the weights, once and for all, so that inference needs no hook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from calibri_lightning.calibration.sites import PostNormWeight, RowChunk, Site, unwrap
+from calibri_lightning.errors import UserError
+
+_FOLDABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def fold(transformer: nn.Module, sites: Sequence[Site], scales: Tensor) -> None:
+    """Multiplies each site's scale into its weights, in place: in float32 (or better), then cast back.
+
+    Folding can be undone by folding 1/scale only up to rounding, and not at all where a scale is 0. Detach
+    hooks first, or the scales act twice. All sites are checked before the first weight changes.
+
+    Args:
+        transformer: The transformer; a LoRA on a folded layer must be merged first.
+        sites: Sites of it.
+        scales: [sites], finite.
+
+    Raises:
+        UserError: If a site has no fold, its weights are quantised, sharded or under a LoRA, or a scale is
+            not finite.
+    """
+    transformer = unwrap(transformer)
+    if scales.shape != (len(sites),) or not torch.isfinite(scales).all():
+        raise UserError(
+            f"The scales to fold have shape {tuple(scales.shape)}, for {len(sites)} sites. The rule is one "
+            "finite scale a site; fold one member of one candidate at a time."
+        )
+    targets = [(_target(transformer, site), site.fold) for site in sites]
+    if len({(site.block, site.fold) for site in sites}) != len(sites):
+        raise UserError(
+            "Two of the sites fold into the same weights, which would multiply twice. Keep the hooks for "
+            "these."
+        )
+    for (module, recipe), scale in zip(targets, scales.tolist(), strict=True):
+        n, index = (recipe.n, recipe.index) if isinstance(recipe, RowChunk) else (1, 0)
+        scale_rows(module, scale, n, index)
+
+
+@torch.no_grad()
+def scale_rows(module: nn.Module, scale: float, n: int = 1, index: int = 0) -> None:
+    """Multiplies a chunk of the rows of a module's weight and bias, in place.
+
+    Args:
+        module: A Linear or a norm with an affine weight.
+        scale: The factor.
+        n: Number of equal chunks of the rows.
+        index: The chunk to multiply.
+    """
+    for parameter in (module.weight, getattr(module, "bias", None)):
+        if isinstance(parameter, Tensor):
+            rows = parameter.data.chunk(n, dim=0)[index]
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            rows.copy_(rows.to(wide) * scale)
+
+
+def check_foldable(transformer: nn.Module, path: str) -> nn.Module:
+    """Returns the module at a path after checking that its weights are plain numbers that may be multiplied.
+
+    Args:
+        transformer: The transformer.
+        path: Path of the module.
+
+    Returns:
+        The module.
+
+    Raises:
+        UserError: If the module has no weight, or the weight is quantised, sharded or under a LoRA.
+    """
+    module = transformer.get_submodule(path)
+    if hasattr(module, "base_layer"):
+        raise UserError(
+            f"'{path}' is under a LoRA that is not merged; folding its base weights alone would change the "
+            "model. Merge the LoRA first (pipe.fuse_lora() and pipe.unload_lora_weights(), or "
+            "merge_and_unload()), then fold."
+        )
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        raise UserError(f"'{path}' has no weight to fold a scale into. Keep the hooks for this model.")
+    if type(weight) is not nn.Parameter or weight.dtype not in _FOLDABLE:
+        raise UserError(
+            f"The weight of '{path}' is a {type(weight).__name__} of dtype {weight.dtype}: quantised or "
+            "sharded. Folding needs whole float weights. Fold before quantising or sharding, or keep the "
+            "hooks, which work with both."
+        )
+    return module
+
+
+def _target(transformer: nn.Module, site: Site) -> nn.Module:
+    if site.fold is None:
+        raise UserError(
+            f"Site {site.name} cannot be folded: no weight of {type(transformer).__name__} carries its scale "
+            "alone. Keep the hooks for this model (load_calibration), which give the same pictures."
+        )
+    inner = site.fold.norm if isinstance(site.fold, PostNormWeight) else site.fold.linear
+    return check_foldable(transformer, f"{site.block}.{inner}")

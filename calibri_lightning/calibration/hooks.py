@@ -1,0 +1,119 @@
+"""The four ways to scale a module's output or arguments, as hooks that read `ROWS` of their module.
+
+Hooks of one kind are one and the same function object, so that `torch.compile` shares one graph between all
+blocks: a closure a module costs one graph a block and hits the recompile limit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from calibri_lightning.calibration.sites import ArgumentChunk, Chunk, Hook, TupleElement, WholeOutput
+
+ROWS = "_calibri_rows"
+"""Attribute of a hooked module: None, or a plain float32 tensor [B, k] with a column for each site."""
+
+
+def install(module: nn.Module, hooks: tuple[Hook, ...]) -> RemovableHandle:
+    """Hangs one hook on a module, with no scales set.
+
+    Args:
+        module: The module; for `ArgumentChunk`, the block.
+        hooks: What to scale, all of one kind; the i-th reads column i of `ROWS`.
+
+    Returns:
+        The handle that removes the hook.
+    """
+    setattr(module, ROWS, None)
+    first = hooks[0]
+    if isinstance(first, ArgumentChunk):
+        names = list(inspect.signature(module.forward).parameters)
+        arguments = [hook for hook in hooks if isinstance(hook, ArgumentChunk)]
+        chunks = tuple((hook.arg, names.index(hook.arg), hook.n, hook.index) for hook in arguments)
+        return module.register_forward_pre_hook(_argument_hook(chunks), with_kwargs=True)
+    if isinstance(first, WholeOutput):
+        return module.register_forward_hook(_whole_hook)
+    if isinstance(first, Chunk):
+        indices = tuple(hook.index for hook in hooks if isinstance(hook, Chunk))
+        return module.register_forward_hook(_chunk_hook(first.n, indices))
+    indices = tuple(hook.index for hook in hooks if isinstance(hook, TupleElement))
+    return module.register_forward_hook(_tuple_hook(indices))
+
+
+def _scale(gate: Tensor, rows: Tensor, column: int) -> Tensor:
+    """Multiplies each row of `gate` [B, ...] by its scale, in float32 or better, and rounds once."""
+    if rows.shape[0] != gate.shape[0]:
+        raise ValueError(
+            f"scales were set for a batch of {rows.shape[0]} rows, but the forward has {gate.shape[0]}"
+        )
+    factor = rows[:, column].to(gate.device).view(-1, *[1] * (gate.ndim - 1))
+    return (gate * factor).to(gate.dtype)
+
+
+@cache
+def _tuple_hook(
+    indices: tuple[int, ...],
+) -> Callable[[nn.Module, Any, tuple[Any, ...]], tuple[Any, ...] | None]:
+    def hook(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        rows = getattr(module, ROWS)
+        if rows is None:
+            return None
+        scaled = list(output)
+        for column, index in enumerate(indices):
+            scaled[index] = _scale(scaled[index], rows, column)
+        return tuple(scaled)
+
+    return hook
+
+
+@cache
+def _chunk_hook(n: int, indices: tuple[int, ...]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        rows = getattr(module, ROWS)
+        if rows is None:
+            return None
+        chunks = list(output.chunk(n, dim=-1))
+        for column, index in enumerate(indices):
+            chunks[index] = _scale(chunks[index], rows, column)
+        return torch.cat(chunks, dim=-1)
+
+    return hook
+
+
+def _whole_hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    rows = getattr(module, ROWS)
+    return None if rows is None else _scale(output, rows, 0)
+
+
+@cache
+def _argument_hook(
+    chunks: tuple[tuple[str, int, int, int], ...],
+) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    """Scales chunks (name, position, n, index) of arguments, passed by name or position (checkpointing)."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        rows = getattr(module, ROWS)
+        if rows is None:
+            return None
+        positional, named = list(args), dict(kwargs)
+        for column, (name, position, n, index) in enumerate(chunks):
+            value = named[name] if name in named else positional[position]
+            pieces = list(value.chunk(n, dim=-1))
+            pieces[index] = _scale(pieces[index], rows, column)
+            scaled = torch.cat(pieces, dim=-1)
+            if name in named:
+                named[name] = scaled
+            else:
+                positional[position] = scaled
+        return tuple(positional), named
+
+    return hook

@@ -1,0 +1,191 @@
+"""What a run found: every condition's rewards, and base against calibrated with confidence intervals.
+
+A condition is a way to make the fixed evaluation pictures: base or calibrated, with a number of steps. Each
+calibrated condition is compared with the base that costs the same (equal NFE) and with the most expensive
+base (full NFE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from calibri_lightning.errors import UserError
+from calibri_lightning.evaluation.bootstrap import (
+    FloatArray,
+    Interval,
+    WinRate,
+    mean_interval,
+    paired_interval,
+    win_rate,
+)
+
+Role = Literal["base", "calibrated"]
+Against = Literal["equal NFE", "full NFE"]
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """One way to make the evaluation pictures, and what the rewards said of each.
+
+    Attributes:
+        name: What the table calls it, e.g. "base @ 8 steps"; different for each condition of a summary.
+        role: Whether the calibration was on.
+        num_steps: Sampler steps.
+        num_forwards_per_image: NFE, transformer forwards an image: steps times members.
+        rewards: Reward name to float64[P], one value a picture, NaN where a reward failed. All conditions
+            hold the same (prompt, seed) pairs in the same order.
+    """
+
+    name: str
+    role: Role
+    num_steps: int
+    num_forwards_per_image: int
+    rewards: Mapping[str, FloatArray]
+
+    def __post_init__(self) -> None:
+        """Store the rewards as read-only float64 vectors."""
+        copies = {name: np.array(values, dtype=np.float64) for name, values in self.rewards.items()}
+        for values in copies.values():
+            values.setflags(write=False)
+        object.__setattr__(self, "rewards", copies)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A calibrated condition against a base, in one reward, pair by pair.
+
+    Attributes:
+        calibrated: Name of the calibrated condition.
+        base: Name of the base condition.
+        against: `equal NFE`: this base costs as much; `full NFE`: this is the most expensive base.
+        reward: Name of the reward.
+        difference: Mean of calibrated minus base, with its interval.
+        wins: Pairs in which the calibrated picture scored higher, the same or lower.
+    """
+
+    calibrated: str
+    base: str
+    against: Against
+    reward: str
+    difference: Interval
+    wins: WinRate
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the calibration cost: images generated and scored, forwards of one image each, device-seconds."""
+
+    images: int
+    forwards: int
+    device_seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """Everything that the end of a run reports; made by `summarise` or `files.from_json`.
+
+    Attributes:
+        reward: The reward that was optimised; all others are held out or extra.
+        conditions: All conditions, base first as given.
+        comparisons: Calibrated against base, for every reward.
+        budget: What the calibration cost.
+        calibration: Where `calibration.json` is.
+        clusters: The prompt index of each reward value; None when every value has a prompt of its own.
+        level: Confidence of all intervals.
+        means: For each condition, in order, the mean of each reward with its interval.
+    """
+
+    reward: str
+    conditions: tuple[Condition, ...]
+    comparisons: tuple[Comparison, ...]
+    budget: Budget
+    calibration: str
+    clusters: tuple[int, ...] | None
+    level: float
+    means: tuple[Mapping[str, Interval], ...]
+
+    def compared(self, against: Against, reward: str | None = None) -> tuple[Comparison, ...]:
+        """The comparisons of one kind in one reward, the optimised one unless told."""
+        wanted = (against, reward or self.reward)
+        return tuple(c for c in self.comparisons if (c.against, c.reward) == wanted)
+
+
+def summarise(
+    conditions: Sequence[Condition],
+    reward: str,
+    budget: Budget,
+    calibration: str | Path,
+    clusters: Sequence[int] | None = None,
+    level: float = 0.95,
+) -> Summary:
+    """Compare every calibrated condition with the base at equal and at full NFE, in every reward.
+
+    Args:
+        conditions: All conditions; each with the same reward names, over the same (prompt, seed) pairs.
+        reward: The reward that was optimised.
+        budget: What the calibration cost.
+        calibration: Where `calibration.json` is.
+        clusters: The prompt index of each value when several samples share a prompt.
+        level: Confidence of all intervals.
+
+    Returns:
+        The summary. When the base at equal NFE is also the most expensive one, it is compared once, as `equal
+        NFE`.
+
+    Raises:
+        UserError: If the conditions differ in names of rewards or in length, share a name, or lack `reward`.
+    """
+    _check(conditions, reward)
+    members = None if clusters is None else tuple(int(c) for c in clusters)
+    means = tuple(
+        {name: mean_interval(r, members, level=level) for name, r in c.rewards.items()} for c in conditions
+    )
+    comparisons = tuple(
+        Comparison(
+            calibrated.name,
+            base.name,
+            against,
+            name,
+            paired_interval(calibrated.rewards[name], base.rewards[name], members, level=level),
+            win_rate(calibrated.rewards[name], base.rewards[name]),
+        )
+        for calibrated, base, against in _rivals(conditions)
+        for name in calibrated.rewards
+    )
+    return Summary(reward, tuple(conditions), comparisons, budget, str(calibration), members, level, means)
+
+
+def _rivals(conditions: Sequence[Condition]) -> Iterator[tuple[Condition, Condition, Against]]:
+    """Pairs to compare: each calibrated condition with the bases at its own NFE and at the highest."""
+    bases = [c for c in conditions if c.role == "base"]
+    for calibrated in (c for c in conditions if c.role == "calibrated"):
+        equal = [b for b in bases if b.num_forwards_per_image == calibrated.num_forwards_per_image]
+        yield from ((calibrated, base, "equal NFE") for base in equal)
+        if bases:
+            fullest = max(bases, key=lambda b: b.num_forwards_per_image)
+            if fullest not in equal:
+                yield calibrated, fullest, "full NFE"
+
+
+def _check(conditions: Sequence[Condition], reward: str) -> None:
+    names = [c.name for c in conditions]
+    if len(set(names)) != len(names):
+        raise UserError(
+            f"conditions are named {names}; every condition needs a name of its own, rename the repeated ones"
+        )
+    if not conditions or any(reward not in c.rewards for c in conditions):
+        known = sorted({name for c in conditions for name in c.rewards})
+        raise UserError(
+            f"reward is {reward!r}, but not every condition was scored with it; choose one of {known}"
+        )
+    shapes = [{name: r.shape for name, r in c.rewards.items()} for c in conditions]
+    if any(shape != shapes[0] for shape in shapes):
+        raise UserError(
+            f"conditions have the rewards {shapes}; a paired comparison needs the same rewards over the same "
+            "prompts and seeds in every condition, so score them all again with one list of prompts"
+        )

@@ -1,0 +1,191 @@
+"""A summary as plain text: an aligned table for any terminal or log file, and a verdict in sentences."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from calibri_lightning.evaluation.bootstrap import Interval
+from calibri_lightning.evaluation.summary import Comparison, Condition, Summary
+
+_GAP = "   "
+
+
+def decimals(width: float) -> int:
+    """Decimal places, 0 to 6, that cut the width of an interval into 20 to 200 steps; 3 without a width."""
+    return min(max(1 - math.floor(math.log10(width / 2)), 0), 6) if 0 < width < math.inf else 3
+
+
+def format_interval(interval: Interval, signed: bool = False, places: int | None = None) -> str:
+    """An interval as "0.571 [0.550, 0.592]".
+
+    Args:
+        interval: What to write.
+        signed: Write a plus before positive numbers, for differences.
+        places: Decimal places; None takes them from the width of the interval.
+
+    Returns:
+        The text; "n/a" where there is no number.
+    """
+    if math.isnan(interval.mean):
+        return "n/a"
+    width = interval.high - interval.low
+    sign, digits = "+" if signed else "", decimals(width) if places is None else places
+    mean = f"{interval.mean:{sign}.{digits}f}"
+    if math.isnan(width):
+        return f"{mean} [n/a]"
+    return f"{mean} [{interval.low:{sign}.{digits}f}, {interval.high:{sign}.{digits}f}]"
+
+
+def verdict(summary: Summary) -> str:
+    """Say in a sentence for each comparison whether calibration helped, by how much and at which cost.
+
+    Args:
+        summary: What a run found.
+
+    Returns:
+        Sentences on the optimised reward: "beats", "is worse than" or "shows no clear difference from" the
+        base.
+    """
+    return (
+        " ".join(_sentences(summary))
+        or f"Nothing to compare: {summary.reward} lacks a base or a calibrated condition."
+    )
+
+
+def _sentences(summary: Summary) -> list[str]:
+    conditions = {condition.name: condition for condition in summary.conditions}
+    compared = (*summary.compared("equal NFE"), *summary.compared("full NFE"))
+    return [_sentence(c, conditions[c.calibrated], conditions[c.base], summary.level) for c in compared]
+
+
+def _sentence(comparison: Comparison, calibrated: Condition, base: Condition, level: float) -> str:
+    difference = comparison.difference
+    if math.isnan(difference.low):
+        return (
+            f"Too few prompts ({difference.count}) to compare {comparison.calibrated} with {comparison.base}."
+        )
+    verb = "shows no clear difference from"
+    if difference.excludes(0.0):
+        verb = "beats" if difference.mean > 0 else "is worse than"
+    ratio = base.num_forwards_per_image / calibrated.num_forwards_per_image
+    cost = " at equal cost" if ratio == 1 else f", which costs {ratio:.3g} times as much"
+    subject = comparison.calibrated[:1].upper() + comparison.calibrated[1:]
+    numbers = f"{comparison.reward} {format_interval(difference, signed=True)}"
+    source = f"({difference.count} pairs, {level:.0%} interval)"
+    return f"{subject} {verb} {comparison.base}{cost}: {numbers} {source}."
+
+
+def render_table(summary: Summary, width: int = 100) -> str:
+    """Draw the summary for a terminal.
+
+    Args:
+        summary: What a run found.
+        width: Characters a line; rewards that do not fit beside each other go into a further table.
+
+    Returns:
+        Lines of plain text without a final newline: means of each condition, paired differences, the verdict,
+        the budget and where the calibration is.
+    """
+    rewards = list(summary.conditions[0].rewards)
+    rewards.sort(key=lambda name: name != summary.reward)  # the optimised one first, the others as given
+    titles = [f"{name} (optimised)" if name == summary.reward else name for name in rewards]
+    means = _means_block(summary, rewards)
+    differences = _differences_block(summary, rewards)
+    head = [
+        f"mean reward [{summary.level:.0%} interval]",
+        f"calibrated minus base, paired [{summary.level:.0%} interval]",
+    ]
+    columns = [[title, *(row[1][i] for row in (*means, *differences))] for i, title in enumerate(titles)]
+    labels = ["", *(row[0] for row in (*means, *differences))]
+    blocks = []
+    for group in _fit(columns, width - max(map(len, labels)) - len(_GAP)):
+        lines = _align([labels, *group])
+        rule = "-" * max(map(len, lines))
+        top, middle = lines[: 1 + len(means)], lines[1 + len(means) :]
+        blocks += [head[0], *top[:1], rule, *top[1:], *(["", head[1], rule, *middle] if middle else []), ""]
+    footnote = ["* the interval excludes 0; win / tie / loss are shares of pairs", ""] if differences else []
+    sentences = [
+        line for s in (_sentences(summary) or [verdict(summary)]) for line in textwrap.wrap(s, width)
+    ]
+    return "\n".join(line.rstrip() for line in (*blocks, *footnote, *sentences, *_closing(summary)))
+
+
+_Row = tuple[str, list[str]]
+
+
+def _means_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
+    """A row for each condition: its name and NFE, then its mean of each reward, to the digits it needs."""
+    places = {name: max(_places(means[name]) for means in summary.means) for name in rewards}
+    names = max(len(c.name) for c in summary.conditions)
+    costs = max(len(str(c.num_forwards_per_image)) for c in summary.conditions)
+    return [
+        (
+            f"{c.name:<{names}}  {c.num_forwards_per_image:>{costs}} NFE",
+            [format_interval(means[name], places=places[name]) for name in rewards],
+        )
+        for c, means in zip(summary.conditions, summary.means, strict=True)
+    ]
+
+
+def _differences_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
+    """Two rows for each compared pair of conditions: differences, then shares of wins, ties and losses."""
+    several = len({c.calibrated for c in summary.comparisons}) > 1
+    rows: list[_Row] = []
+    for first in (*summary.compared("equal NFE"), *summary.compared("full NFE")):
+        pair = (first.calibrated, first.base, first.against)
+        found = {c.reward: c for c in summary.comparisons if (c.calibrated, c.base, c.against) == pair}
+        label = f"{first.calibrated} - {first.base}" if several else f"against {first.base}"
+        stars = [" *" if found[name].difference.excludes(0.0) else "" for name in rewards]
+        texts = [format_interval(found[name].difference, signed=True) for name in rewards]
+        rows.append((f"{label}  ({first.against})", [t + s for t, s in zip(texts, stars, strict=True)]))
+        rows.append(("  win / tie / loss", [_shares(found[name]) for name in rewards]))
+    return rows
+
+
+def _places(interval: Interval) -> int:
+    return decimals(interval.high - interval.low)
+
+
+def _shares(comparison: Comparison) -> str:
+    wins = comparison.wins
+    if not wins.count:
+        return "n/a"
+    return " / ".join(f"{share / wins.count:.0%}" for share in (wins.wins, wins.ties, wins.losses))
+
+
+def _fit(columns: Sequence[list[str]], width: int) -> list[list[list[str]]]:
+    """Cut the columns into groups that fit beside each other; a group has at least one."""
+    groups: list[list[list[str]]] = []
+    room = 0
+    for column in columns:
+        need = max(map(len, column)) + len(_GAP)
+        if not groups or room < need:
+            groups.append([])
+            room = width + len(_GAP)
+        groups[-1].append(column)
+        room -= need
+    return groups
+
+
+def _align(columns: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns, strict=True)
+    return [_GAP.join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _closing(summary: Summary) -> list[str]:
+    budget = summary.budget
+    dropped = max(i.dropped for means in summary.means for i in means.values())
+    return [
+        *(
+            [f"Up to {dropped} pictures of a condition had no finite reward and are left out."]
+            if dropped
+            else []
+        ),
+        "",
+        f"Calibration cost: {budget.images:,} images, {budget.forwards:,} forwards, "
+        f"{budget.device_seconds:,.0f} device-seconds.",
+        f"Calibration: {summary.calibration}",
+    ]

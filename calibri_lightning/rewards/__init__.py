@@ -1,0 +1,8 @@
+"""Rewards: pictures and prompts in, one number a picture out."""
+
+from __future__ import annotations
+
+from calibri_lightning.rewards.base import FunctionReward, Reward, RewardError, RewardFunction
+from calibri_lightning.rewards.combine import RewardSet, Scores
+
+__all__ = ["FunctionReward", "Reward", "RewardError", "RewardFunction", "RewardSet", "Scores"]

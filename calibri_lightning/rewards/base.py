@@ -1,0 +1,131 @@
+"""What a reward is, and what happens when one fails.
+
+A reward takes pictures and prompts and returns one number a picture; higher is better. It fails by raising or
+by a value that is not finite, which travels on as NaN; never by 0, which would be a score.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from calibri_lightning.errors import UserError
+from calibri_lightning.prompts import Prompt
+
+RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]
+"""Pictures float32 [B, 3, H, W] in 0..1 and their B prompts to B numbers."""
+
+
+class RewardError(UserError):
+    """A reward raised; the message names it and the cause."""
+
+
+class Reward(ABC):
+    """Scores pictures."""
+
+    name: str
+    """Its name in configurations and logs."""
+    extra_names: tuple[str, ...] = ()
+    """Names of further metrics that come for free with the score; reported, never optimised."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores pictures.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: The prompt of each picture.
+
+        Returns:
+            One floating-point number a picture [B]; higher is better, NaN where a picture cannot be scored.
+        """
+
+    def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
+        """Scores pictures, with the extra metrics; override it together with `extra_names`.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: The prompt of each picture.
+
+        Returns:
+            [B] under the reward's own name and each of its `extra_names`.
+        """
+        return {self.name: self(images, prompts)}
+
+
+class FunctionReward(Reward):
+    """A plain function as a reward."""
+
+    def __init__(self, name: str, function: RewardFunction) -> None:
+        """Wraps a function.
+
+        Args:
+            name: Name in configurations and logs.
+            function: Scores pictures; see `Reward.__call__`.
+        """
+        self.name, self._function = name, function
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Calls the function.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: The prompt of each picture.
+
+        Returns:
+            What the function returns.
+        """
+        return self._function(images, prompts)
+
+
+def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Calls a reward and checks what it returns.
+
+    Args:
+        reward: The reward.
+        images: float32 [B, 3, H, W] in 0..1.
+        prompts: The prompt of each picture.
+
+    Returns:
+        float32 [B] on the pictures' device under the reward's name and its `extra_names`, in this order;
+        infinities have become NaN.
+
+    Raises:
+        RewardError: If the reward raises.
+        UserError: If it returns something other than one number a picture.
+    """
+    try:
+        with torch.no_grad():
+            measured = reward.measure(images, prompts)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"The reward {reward.name!r} raised {type(error).__name__}: {error}. A reward scores any "
+            "picture in 0..1; for a "
+            "picture that it cannot score it returns NaN. Correct the reward."
+        ) from error
+    names = (reward.name, *reward.extra_names)
+    missing = [name for name in names if name not in measured]
+    if missing:
+        raise UserError(
+            f"The reward {reward.name!r} did not report {', '.join(missing)}, which it announces. Correct "
+            "its `measure`."
+        )
+    return {name: _check(reward.name, name, measured[name], images) for name in names}
+
+
+def _check(reward: str, name: str, scores: object, images: Tensor) -> Tensor:
+    rule = (
+        f"the rule is a real torch tensor of shape [{len(images)}], one number a picture. Correct the reward."
+    )
+    if not isinstance(scores, Tensor):
+        raise UserError(f"The reward {reward!r} returned a {type(scores).__name__} for {name!r}; {rule}")
+    if scores.shape != (len(images),) or scores.is_complex():
+        kind = f"{str(scores.dtype).removeprefix('torch.')} {list(scores.shape)}"
+        raise UserError(f"The reward {reward!r} returned a tensor {kind} for {name!r}; {rule}")
+    values = scores.detach().to(images.device, torch.float32)
+    return torch.where(values.isfinite(), values, torch.nan)

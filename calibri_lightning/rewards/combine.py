@@ -1,0 +1,153 @@
+"""Several rewards as one: found by name, weighted and added."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibri_lightning.errors import UserError
+from calibri_lightning.prompts import Prompt
+from calibri_lightning.rewards.base import FunctionReward, Reward, measure_checked
+from calibri_lightning.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from calibri_lightning.rewards.shapes import ShapesReward
+
+BUILT_IN: Mapping[str, type[Reward]] = {
+    reward.name: reward for reward in (ShapesReward, JpegCompressibility, JpegIncompressibility)
+}
+"""Rewards that go by a short name."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a batch of pictures scored."""
+
+    total: Tensor
+    """Weighted sum, float32 [B]; NaN where a reward of non-zero weight is NaN."""
+    each: Mapping[str, Tensor]
+    """float32 [B] of every reward and extra metric, in the order of `RewardSet.names`."""
+
+
+class RewardSet:
+    """A weighted sum of rewards."""
+
+    def __init__(self, rewards: Mapping[str, float]) -> None:
+        """Finds rewards by name.
+
+        Args:
+            rewards: Name to weight. A name is a built-in one ("shapes", "jpeg_compressibility",
+                "jpeg_incompressibility") or an import path "package.module:name" of a `Reward` class, a
+                `Reward` or a function (pictures, prompts) -> scores. Weight 0 reports a reward without
+                optimising it.
+
+        Raises:
+            UserError: If a name cannot be found or the weights make no sum.
+        """
+        self._set([(find_reward(name), weight) for name, weight in rewards.items()])
+
+    @classmethod
+    def of(cls, *weighted: tuple[Reward, float]) -> RewardSet:
+        """Joins rewards that exist already.
+
+        Args:
+            weighted: Pairs (reward, weight).
+
+        Returns:
+            The set.
+
+        Raises:
+            UserError: If the weights make no sum, or two rewards share a name.
+        """
+        made = cls.__new__(cls)
+        made._set(list(weighted))
+        return made
+
+    def _set(self, weighted: list[tuple[Reward, float]]) -> None:
+        for reward, weight in weighted:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise UserError(
+                    f"The weight of the reward {reward.name!r} is {weight!r}; it must be a finite number, "
+                    "such as 1.0."
+                )
+        if not any(weight for _, weight in weighted):
+            raise UserError(
+                "No reward has a weight other than 0, so there is nothing to optimise. Give one, for "
+                "example rewards: {shapes: 1.0}."
+            )
+        self.weighted = tuple((reward, float(weight)) for reward, weight in weighted)
+        self.names = tuple(name for reward, _ in weighted for name in (reward.name, *reward.extra_names))
+        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+        if repeated:
+            raise UserError(
+                f"The name {repeated[0]!r} is reported by two rewards; names must differ. Remove or rename "
+                "one."
+            )
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Scores pictures.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: The prompt of each picture.
+
+        Returns:
+            The scores, on the pictures' device.
+
+        Raises:
+            UserError: If a reward raises or does not return one number a picture.
+        """
+        total = torch.zeros(len(images), device=images.device)
+        each: dict[str, Tensor] = {}
+        for reward, weight in self.weighted:
+            measured = measure_checked(reward, images, prompts)
+            # Weight 0 would still spread NaN.
+            if weight:
+                total = total + weight * measured[reward.name]
+            each.update(measured)
+        return Scores(total, each)
+
+
+def find_reward(name: str) -> Reward:
+    """Finds one reward.
+
+    Args:
+        name: A built-in name or an import path "package.module:name".
+
+    Returns:
+        The reward.
+
+    Raises:
+        UserError: If there is none of that name.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        close = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else "Check the spelling."
+        raise UserError(
+            f"There is no reward {name!r}; built in are {', '.join(BUILT_IN)}, and others go as "
+            f"'package.module:name'. {hint}"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"The reward {name!r} cannot be imported ({error}). The module must be importable from where "
+            "you run: check the "
+            "name, or put its folder on PYTHONPATH."
+        ) from error
+    reward = found() if isinstance(found, type) else found
+    if isinstance(reward, Reward):
+        return reward
+    if callable(reward):
+        return FunctionReward(name, reward)
+    raise UserError(
+        f"The reward {name!r} is a {type(found).__name__}; it must be a Reward or a function (images, "
+        "prompts) -> scores."
+    )

@@ -1,0 +1,57 @@
+"""Does a picture show the scene of its caption? The verifiable reward of the embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from calibri_lightning.prompts import Prompt
+from calibri_lightning.rewards.base import Reward
+from calibri_lightning.shapes.captions import Scene
+
+if TYPE_CHECKING:
+    from calibri_lightning.shapes.checker import Checker
+
+
+class ShapesReward(Reward):
+    """The checker's soft score in 0..1; its strict score, 0 or 1, is reported as `shapes_strict`."""
+
+    name = "shapes"
+    extra_names = ("shapes_strict",)
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores pictures softly.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: Prompts with a scene, as `shapes:train`, `shapes:val` and `shapes:test` have it.
+
+        Returns:
+            Soft scores [B].
+        """
+        return self.measure(images, prompts)[self.name]
+
+    def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
+        """Scores pictures softly and strictly.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: Prompts with a scene.
+
+        Returns:
+            "shapes" and "shapes_strict", each [B].
+
+        Raises:
+            UserError: If a prompt's metadata describes no scene.
+        """
+        scores = self._checker.score(images, [Scene.from_metadata(prompt.metadata) for prompt in prompts])
+        return {"shapes": scores.soft, "shapes_strict": scores.strict}
+
+    @cached_property
+    def _checker(self) -> Checker:
+        from calibri_lightning.shapes.checker import Checker
+
+        return Checker()

@@ -1,0 +1,1 @@
+"""From noise to pictures: schedules, step kernels, the sampler and the evaluation of candidates."""

@@ -1,0 +1,251 @@
+"""Scores candidates: pictures and rewards of a grid candidate x prompt slot, the same on any number of ranks.
+
+The cells of the grid are cut into units whose composition depends on the request alone. A unit is sampled,
+decoded and scored as one batch, by one rank: floating-point results change with the batch, so a fixed
+composition is what makes the rewards bit-identical however many ranks share the units (facts/cma.md, section
+4).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calibri_lightning.calibration.scales import Rows
+from calibri_lightning.errors import UserError
+from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
+from calibri_lightning.sampling.rollout import Samples, sample
+
+if TYPE_CHECKING:
+    from calibri_lightning.backbones.base import Backbone
+    from calibri_lightning.calibration.attach import Attachment
+    from calibri_lightning.calibration.scales import Layout
+    from calibri_lightning.prompts import Prompt
+    from calibri_lightning.rewards.combine import RewardSet
+
+_log = logging.getLogger(__name__)
+
+Gather = Callable[[NDArray[np.float64]], Sequence[NDArray[np.float64]]]
+"""Gives each rank's float64 vector (all of one length) to every rank, in the order of the ranks."""
+
+
+class Evaluator:
+    """Makes and scores the pictures of candidates."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        attachment: Attachment,
+        layout: Layout,
+        rewards: RewardSet,
+        rows_per_forward: int,
+    ) -> None:
+        """Joins a model, its scales and its rewards.
+
+        Args:
+            backbone: The model.
+            attachment: Hooks on exactly the layout's sites.
+            layout: The meaning of theta.
+            rewards: What scores the pictures.
+            rows_per_forward: Most rows (pictures x members) of one forward. It fixes the units, hence the
+                last bits of the rewards; where memory runs out, units are sampled in parts.
+
+        Raises:
+            UserError: If rows_per_forward is below the number of members.
+        """
+        num_members = len(layout.members)
+        if rows_per_forward < num_members:
+            raise UserError(
+                f"rows_per_forward is {rows_per_forward}; one picture takes a row for each of its "
+                f"{num_members} member(s). "
+                f"Set rows_per_forward to {num_members} or more."
+            )
+        self.backbone, self.attachment, self.layout, self.rewards = backbone, attachment, layout, rewards
+        self.cells_per_unit = rows_per_forward // num_members
+        self._most_cells = self.cells_per_unit
+
+    def evaluate(
+        self,
+        thetas: NDArray[np.float64],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        num_steps: int,
+        cells: NDArray[np.bool_] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Gather | None = None,
+        done: Callable[[UnitResult], None] | None = None,
+        known: NDArray[np.float64] | None = None,
+    ) -> Evaluation:
+        """Scores candidates on prompts; they share each slot's prompt and noise (common random numbers).
+
+        Args:
+            thetas: Candidates, float64 [K, n].
+            prompts: Prompt of each of the S slots.
+            seeds: Noise seed of each slot.
+            num_steps: Sampling steps.
+            cells: Which cells to score, bool [K, S]; all by default.
+            rank: This process, 0 .. world_size - 1; it does every world_size-th unit.
+            world_size: Number of processes, all of which call this with the same request.
+            gather: Exchanges results; needed when world_size exceeds 1.
+            done: Called on this rank after each of its units.
+            known: Rewards of requested cells that a killed run had finished, [K, S] with NaN elsewhere. They
+                do not change the composition of the units; a unit of which all cells are known is not
+                computed again.
+
+        Returns:
+            Rewards and costs, the same on all ranks.
+
+        Raises:
+            UserError: If a reward fails, here or on another rank.
+        """
+        shape = (len(thetas), len(prompts))
+        wanted = np.ones(shape, dtype=bool) if cells is None else cells
+        units = cut_units(wanted, self.cells_per_unit)
+        rewards = np.full(shape, np.nan) if known is None else np.where(wanted, known, np.nan)
+        todo = [i for i, unit in enumerate(units) if any(np.isnan(rewards[cell]) for cell in unit)]
+        grid = Grid.empty(self.rewards.names, shape)
+        failure: Exception | None = None
+        try:
+            for result, cost in self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size]):
+                grid.put(result, cost)
+                if done is not None:
+                    done(result)
+        except Exception as error:
+            # The other ranks wait in `gather`: they are told before this one stops.
+            failure = error
+            grid.failed = True
+        if world_size > 1:
+            assert gather is not None, "more than one rank needs a gather"
+            owners = {cell: i % world_size for i, index in enumerate(todo) for cell in units[index]}
+            grid = Grid.merge(
+                [Grid.unpack(part, self.rewards.names, shape) for part in gather(grid.pack())], owners
+            )
+        if failure is not None:
+            raise failure
+        if grid.failed:
+            raise UserError(
+                "Scoring failed on another rank, whose own message says why. Fix that and run again."
+            )
+        fresh = [cell for index in todo for cell in units[index]]
+        for cell in fresh:
+            rewards[cell] = grid.values[0][cell]
+        each = dict(zip(self.rewards.names, grid.values[1:], strict=True))
+        return Evaluation(rewards, each, grid.num_images, grid.num_forwards)
+
+    def images(
+        self,
+        thetas: NDArray[np.float64],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        num_steps: int,
+        cells: NDArray[np.bool_] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[tuple[tuple[Cell, ...], Tensor]]:
+        """Makes pictures without scoring them.
+
+        Args:
+            thetas: Candidates, float64 [K, n].
+            prompts: Prompt of each of the S slots.
+            seeds: Noise seed of each slot.
+            num_steps: Sampling steps.
+            cells: Which cells to draw, bool [K, S]; all by default.
+            rank: This process; it does every world_size-th unit.
+            world_size: Number of processes.
+
+        Yields:
+            The cells of a unit and its pictures, float32 [B, 3, H, W] in 0..1.
+        """
+        wanted = np.ones((len(thetas), len(prompts)), dtype=bool) if cells is None else cells
+        rows = self._rows(thetas)
+        for unit in cut_units(wanted, self.cells_per_unit)[rank::world_size]:
+            yield unit, self._draw(unit, rows, prompts, seeds, num_steps)[0]
+
+    def _score(
+        self,
+        thetas: NDArray[np.float64],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        num_steps: int,
+        units: Sequence[tuple[Cell, ...]],
+        mine: Sequence[int],
+    ) -> Iterator[tuple[UnitResult, int]]:
+        rows = self._rows(thetas)
+        for index in mine:
+            images, num_forwards = self._draw(units[index], rows, prompts, seeds, num_steps)
+            total, each = self._rewards(images, [prompts[cell.slot] for cell in units[index]])
+            yield UnitResult(index, len(units), units[index], total, each), num_forwards
+
+    def _rows(self, thetas: NDArray[np.float64]) -> Rows:
+        rows = self.layout.rows(torch.tensor(np.asarray(thetas, dtype=np.float64)))
+        return Rows(rows.scales.to(self.backbone.device), rows.weights.to(self.backbone.device))
+
+    def _rewards(
+        self, images: Tensor, prompts: Sequence[Prompt]
+    ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        # A broken picture has no reward, whatever a reward function makes of NaN pixels.
+        broken = ~images.flatten(1).isfinite().all(dim=1)
+        scores = self.rewards.score(images.nan_to_num(0.0), prompts)
+        matrix = torch.stack([scores.total, *scores.each.values()]).to(torch.float64)
+        values = matrix.masked_fill(broken.to(matrix.device), float("nan")).cpu().numpy()
+        return values[0], dict(zip(scores.each, values[1:], strict=True))
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        unit: Sequence[Cell],
+        rows: Rows,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        num_steps: int,
+    ) -> tuple[Tensor, int]:
+        """Pictures of a unit and the forwards they took; sampled in parts once memory has run out."""
+        while True:
+            parts = [unit[i : i + self._most_cells] for i in range(0, len(unit), self._most_cells)]
+            try:
+                done = [self._sample(part, rows, prompts, seeds, num_steps) for part in parts]
+                images = torch.cat([self.backbone.decode(part.latents) for part in done])
+                return images, sum(part.num_forwards for part in done)
+            except torch.OutOfMemoryError as error:
+                if self._most_cells == 1:
+                    raise UserError(
+                        f"One picture of {self.backbone.image_size} pixels does not fit into the memory of "
+                        f"{self.backbone.device}. "
+                        "Choose a smaller picture, dtype bfloat16, or a larger device."
+                    ) from error
+            # Outside of the handler, whose traceback would keep the failed batch alive.
+            self._most_cells = (min(self._most_cells, len(unit)) + 1) // 2
+            torch.cuda.empty_cache()
+            _log.warning("Out of memory: sampling %d pictures at a time from now on.", self._most_cells)
+
+    def _sample(
+        self,
+        unit: Sequence[Cell],
+        rows: Rows,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        num_steps: int,
+    ) -> Samples:
+        device = self.backbone.device
+        slots = list(dict.fromkeys(cell.slot for cell in unit))
+        place = torch.tensor([slots.index(cell.slot) for cell in unit]).to(device)
+        candidates = torch.tensor([cell.candidate for cell in unit]).to(device)
+        guided = any(member.prompt == "negative" for member in self.layout.members)
+        texts, negatives = [prompts[s].text for s in slots], [prompts[s].negative for s in slots]
+        return sample(
+            self.backbone,
+            self.attachment,
+            Rows(rows.scales[candidates], rows.weights[candidates]),
+            self.layout.members,
+            self.backbone.encode(texts).take(place),
+            self.backbone.encode(negatives).take(place) if guided else None,
+            self.backbone.noise([seeds[s] for s in slots])[place],
+            num_steps,
+        )

@@ -1,0 +1,25 @@
+"""Seeds of the initial noise: the one source of randomness of a picture."""
+
+from __future__ import annotations
+
+import hashlib
+
+VALIDATION_STEP = -1
+TEST_STEP = -2
+PREDICT_STEP = -3
+
+
+def noise_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> int:
+    """Seed of one picture's noise: a pure function of what the picture is, not of where or when it is drawn.
+
+    Args:
+        seed: Seed of the run.
+        step: Generation or training step; -1 for validation, -2 for testing, -3 for prediction.
+        prompt_index: Number of the prompt in its data set.
+        sample_index: Number of the picture among those of the same prompt.
+
+    Returns:
+        63 bits of a SHA-256 digest, so that neighbouring arguments give unrelated seeds.
+    """
+    digest = hashlib.sha256(f"calibri-noise:{seed}:{step}:{prompt_index}:{sample_index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

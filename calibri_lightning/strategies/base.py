@@ -1,0 +1,155 @@
+"""What a strategy is: a Lightning callback to which the module delegates its training step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightning.pytorch.callbacks import Callback
+
+from calibri_lightning.strategies.search import Cells, Floats
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from calibri_lightning.calibration.scales import Layout
+    from calibri_lightning.prompts import Prompt, PromptBatch
+    from calibri_lightning.sampling.grid import Evaluation, UnitResult
+
+
+class CalibratedModule(Protocol):
+    """What a strategy needs of the LightningModule that it trains."""
+
+    layout: Layout
+    start_theta: Floats
+    seed: int
+    num_steps: int
+    run_dir: Path
+    trainer: Trainer
+
+    def evaluate(
+        self,
+        thetas: Floats,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        cells: Cells | None = None,
+        num_steps: int | None = None,
+        done: Callable[[UnitResult], None] | None = None,
+        known: Floats | None = None,
+    ) -> Evaluation:
+        """Scores candidates on prompts; called with the same request on all ranks, answers the same on all.
+
+        Args:
+            thetas: Candidates, float64 [K, n].
+            prompts: Prompt of each of the S slots.
+            seeds: Noise seed of each slot.
+            cells: Which cells to score, bool [K, S].
+            num_steps: Sampling steps; the module's own by default.
+            done: Called on this rank after each of its units.
+            known: Rewards of requested cells that are known already, NaN elsewhere.
+
+        Returns:
+            Rewards and costs.
+        """
+
+    def optimizers(self) -> Any:
+        """Gives the optimizer, a stand-in of Lightning's where there is none."""
+
+    def log(self, name: str, value: Any) -> None:
+        """Logs a number.
+
+        Args:
+            name: Its name.
+            value: Its value.
+        """
+
+
+@dataclass(frozen=True)
+class BestVector:
+    """The vector with the best score on the fixed validation set."""
+
+    theta: Floats
+    """Parameters, float64 [n]."""
+    score: float
+    """Validation score."""
+    origin: str
+    """Where it came from: "mean", "tail" (average of the last means) or "start"."""
+    generation: int
+    """Generations told when it was validated."""
+
+
+class Strategy(Callback, ABC):
+    """How parameters are improved.
+
+    `CalibriModule` returns its strategy from `configure_callbacks`, so that the strategy's state is in every
+    checkpoint.
+    """
+
+    @property
+    @abstractmethod
+    def best(self) -> BestVector | None:
+        """The best validated vector so far."""
+
+    @property
+    @abstractmethod
+    def images(self) -> int:
+        """Training images judged so far, the same after any kill and resume."""
+
+    @abstractmethod
+    def answer(self, module: CalibratedModule) -> Floats:
+        """Gives the vector to deliver.
+
+        Args:
+            module: The module that is trained.
+
+        Returns:
+            float64 [n]: the best validated vector; without validation the current estimate.
+        """
+
+    @property
+    @abstractmethod
+    def prompts_per_step(self) -> int:
+        """Prompts that one training step takes."""
+
+    @abstractmethod
+    def training_step(self, module: CalibratedModule, batch: PromptBatch) -> None:
+        """Does the work of one step.
+
+        Args:
+            module: The module that is trained.
+            batch: Its prompts.
+        """
+
+    @abstractmethod
+    def validation_thetas(self, module: CalibratedModule) -> Mapping[str, Floats]:
+        """Vectors worth a score on the validation set.
+
+        Args:
+            module: The module that is trained.
+
+        Returns:
+            float64 [n] by name; empty when nothing is new.
+        """
+
+    @abstractmethod
+    def on_validated(self, module: CalibratedModule, scores: Mapping[str, float]) -> None:
+        """Takes the scores of `validation_thetas`.
+
+        Args:
+            module: The module that is trained.
+            scores: Mean reward on the complete validation set by name; the same on all ranks.
+        """
+
+    def configure_optimizers(self, module: CalibratedModule) -> Any:
+        """Gives the optimizers of the module.
+
+        Args:
+            module: The module that is trained.
+
+        Returns:
+            None: a search without gradients has none.
+        """
+        return None

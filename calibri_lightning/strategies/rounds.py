@@ -1,0 +1,218 @@
+"""One generation across the ranks: what rank 0 hands out, and the rounds that fill its matrix."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import numpy as np
+
+from calibri_lightning.errors import UserError
+from calibri_lightning.sampling.noise import noise_seed
+from calibri_lightning.strategies.base import CalibratedModule
+from calibri_lightning.strategies.history import digest_candidates
+from calibri_lightning.strategies.ledger import Ledger, Recall, digest
+from calibri_lightning.strategies.search import FAILED, Cells, Floats, SearchCore
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from calibri_lightning.prompts import PromptBatch
+    from calibri_lightning.sampling.grid import UnitResult
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What rank 0 tells the others before an evaluation."""
+
+    number: int
+    """Number of the generation, from 0."""
+    thetas: Floats
+    """Candidates, float64 [K, n]."""
+    seeds: tuple[int, ...]
+    """Noise seed of each of the S slots."""
+    task: str
+    """Digest of all that the rewards depend on."""
+    progress: float
+    """Used share of the budget."""
+    recall: Recall
+    """What a killed run had finished."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What rank 0 tells the others of its core."""
+
+    mean: Floats
+    """The mean, float64 [n]."""
+    tail: Floats
+    """The average of the last means."""
+    diagnostics: Mapping[str, float]
+    """sigma and other numbers."""
+    fitness: Floats | None = None
+    """Mean reward of each candidate of the generation just told."""
+    stop: str | None = None
+    """The reason to stop."""
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What a finished generation showed."""
+
+    generation: int
+    """Generations told, 1 after the first."""
+    total_generations: int | None
+    """Generations of the budget, where it is a number of them."""
+    reward_mean: float
+    """Mean over the candidates of their mean reward."""
+    reward_best: float
+    """Best candidate's mean reward on this generation's prompts: luck included, never what is kept."""
+    sigma: float
+    """Overall step size."""
+    images: int
+    """Images judged so far."""
+    failed: int
+    """Cells of this generation without a finite reward."""
+    dropped: int
+    """Prompts of this generation that failed for all candidates."""
+
+
+def on_rank_zero(trainer: Trainer, work: Callable[[], _T]) -> _T:
+    """Does some work on rank 0 and gives its result to all ranks.
+
+    Args:
+        trainer: The trainer.
+        work: What to do.
+
+    Returns:
+        The result.
+
+    Raises:
+        UserError: On every rank, where the work raises one; otherwise the others would wait for ever.
+    """
+    result: _T | None = None
+    failure: UserError | None = None
+    if trainer.global_rank == 0:
+        try:
+            result = work()
+        except UserError as error:
+            failure = error
+    message = str(failure) if failure is not None else None
+    result, message = trainer.strategy.broadcast((result, message))
+    if message is not None:
+        raise UserError(message) from failure
+    return cast(_T, result)
+
+
+def pose(
+    core: SearchCore,
+    ledger: Ledger,
+    module: CalibratedModule,
+    batch: PromptBatch,
+    number: int,
+    progress: float,
+) -> Generation:
+    """Asks for the candidates of a generation and looks up what is known of them (rank 0).
+
+    Args:
+        core: The search.
+        ledger: The record of finished work.
+        module: The module that is trained.
+        batch: The prompts of this generation.
+        number: Number of the generation.
+        progress: Used share of the budget.
+
+    Returns:
+        The task of all ranks.
+    """
+    thetas = core.ask(number, progress)
+    seen: Counter[int] = Counter()
+    seeds = []
+    for prompt in batch.prompts:
+        seeds.append(noise_seed(module.seed, batch.step, prompt.index, seen[prompt.index]))
+        seen[prompt.index] += 1
+    prompts = json.dumps([[prompt.index, prompt.text, prompt.negative] for prompt in batch.prompts])
+    task = digest(digest_candidates(thetas), prompts, json.dumps(seeds), str(module.num_steps))
+    recall = ledger.recall(number, task, (core.popsize, core.num_slots))
+    if recall.progress is not None:
+        progress = recall.progress
+        core.ask(number, progress)
+    return Generation(number, thetas, tuple(seeds), task, progress, recall)
+
+
+def evaluate(
+    core: SearchCore | None,
+    ledger: Ledger,
+    module: CalibratedModule,
+    batch: PromptBatch,
+    generation: Generation,
+) -> Floats:
+    """Fills the matrix of a generation; a useless one is made once more (all ranks).
+
+    Args:
+        core: The search, on rank 0 only.
+        ledger: The record of finished work.
+        module: The module that is trained.
+        batch: The prompts of this generation.
+        generation: The task.
+
+    Returns:
+        Rewards [K, S], complete and fit to be told.
+
+    Raises:
+        UserError: If the generation is useless twice.
+    """
+    if generation.recall.complete:
+        return generation.recall.rewards
+    reason: str | None = None
+    for known in (generation.recall.rewards, None):
+        rewards, reason = _run(core, ledger, module, batch, generation, known)
+        if reason is None:
+            return rewards
+        _log.warning("Generation %d: %s.", generation.number, reason)
+    raise UserError(
+        f"Generation {generation.number} is useless, twice: {reason}. The search needs rewards that are "
+        f"finite and differ. "
+        "Check the reward (and its server) on a few images, or take a larger sigma0; the last checkpoint "
+        "is intact."
+    )
+
+
+def _run(
+    core: SearchCore | None,
+    ledger: Ledger,
+    module: CalibratedModule,
+    batch: PromptBatch,
+    generation: Generation,
+    known: Floats | None,
+) -> tuple[Floats, str | None]:
+    rewards = np.full(generation.recall.rewards.shape, np.nan)
+
+    def decide() -> tuple[Cells, str | None]:
+        assert core is not None, "only rank 0 decides"
+        return core.next_cells(rewards), core.rejection(rewards)
+
+    def done(unit: UnitResult) -> None:
+        ledger.record_unit(generation.number, generation.task, unit.cells, unit.rewards)
+
+    while True:
+        cells, reason = on_rank_zero(module.trainer, decide)
+        if reason is not None or not cells.any():
+            return rewards, reason
+        # What fails is made once more with the same noise: a server's hiccup must not cost a candidate its
+        # rank.
+        for recalled in (known, None):
+            answer = module.evaluate(
+                generation.thetas, batch.prompts, generation.seeds, cells=cells, done=done, known=recalled
+            ).rewards
+            rewards[cells] = np.where(np.isfinite(answer), answer, FAILED)[cells]
+            cells = cells & np.isneginf(rewards)
+            if not cells.any():
+                break

@@ -1,0 +1,106 @@
+"""The honest choice of the answer: the vector with the best score on a fixed validation set.
+
+The reward of a training bucket never enters: the best of many noisy numbers is mostly luck (facts/cma.md,
+defect 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibri_lightning.strategies.base import BestVector
+from calibri_lightning.strategies.search import Floats
+
+START = "start"
+
+
+class Selection:
+    """Keeps the best validated vector and counts validations without a gain."""
+
+    def __init__(self) -> None:
+        self.best: BestVector | None = None
+        self.start_score: float | None = None
+        self.misses = 0
+        self.validated_generation = -1
+
+    def thetas(self, start: Floats, mean: Floats, tail: Floats, generation: int) -> Mapping[str, Floats]:
+        """Vectors whose score is not known yet.
+
+        Args:
+            start: Where the search began, float64 [n].
+            mean: The current mean.
+            tail: The average of the last means.
+            generation: Generations told.
+
+        Returns:
+            Vectors by name: "start" once, "mean" and "tail" after each new generation.
+        """
+        wanted = {} if self.start_score is not None else {START: start}
+        if generation > 0 and generation != self.validated_generation:
+            wanted["mean"] = mean
+            if not np.array_equal(tail, mean):
+                wanted["tail"] = tail
+        return wanted
+
+    def take(self, thetas: Mapping[str, Floats], scores: Mapping[str, float], generation: int) -> None:
+        """Takes the scores of a validation.
+
+        Args:
+            thetas: The vectors that were scored.
+            scores: Score by name. One that is not finite never wins; among equal ones the earlier stays.
+            generation: Generations told.
+        """
+        if not thetas:
+            return
+        before = self.best
+        for name, theta in thetas.items():
+            score = float(scores[name])
+            if name == START:
+                self.start_score = score
+            if math.isfinite(score) and (self.best is None or score > self.best.score):
+                self.best = BestVector(theta.copy(), score, name, 0 if name == START else generation)
+        self.misses = 0 if self.best is not before else self.misses + 1
+        self.validated_generation = generation
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives the state as tensors and numbers.
+
+        Returns:
+            What `load` takes.
+        """
+        state: dict[str, Any] = {
+            "misses": self.misses,
+            "validated_generation": self.validated_generation,
+            "start_score": self.start_score,
+        }
+        if self.best is not None:
+            state["theta"] = torch.from_numpy(self.best.theta.copy())
+            state |= {
+                "score": self.best.score,
+                "origin": self.best.origin,
+                "generation": self.best.generation,
+            }
+        return state
+
+    @classmethod
+    def load(cls, state: Mapping[str, Any]) -> Selection:
+        """Rebuilds a selection.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Returns:
+            The selection.
+        """
+        selection = cls()
+        selection.misses, selection.start_score = state["misses"], state["start_score"]
+        selection.validated_generation = state["validated_generation"]
+        if "theta" in state:
+            theta = state["theta"].numpy().astype(np.float64)
+            selection.best = BestVector(theta, state["score"], state["origin"], state["generation"])
+        return selection
