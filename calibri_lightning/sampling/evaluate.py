@@ -2,8 +2,8 @@
 
 The cells of the grid are cut into units whose composition depends on the request alone. A unit is sampled,
 decoded and scored as one batch, by one rank: floating-point results change with the batch, so a fixed
-composition is what makes the rewards bit-identical however many ranks share the units (facts/cma.md, section
-4).
+composition is what makes the rewards bit-identical however many ranks share the units
+(docs/search.md).
 """
 
 from __future__ import annotations

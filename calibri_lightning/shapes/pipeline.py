@@ -1,10 +1,10 @@
 """Builds the `shapes` pipeline: Stable Diffusion 3 in miniature, every part of the real class.
 
 Two CLIP text encoders, an `SD3Transformer2DModel` whose first blocks have dual attention and whose last block is
-`context_pre_only` (as in SD3.5-medium), an `AutoencoderKL` and a flow-matching Euler scheduler. The third (T5) encoder is
-silent: its last normalisation multiplies by zero, so that it adds the zeros which the stock pipeline adds for a T5 that
-was left out. It is there because plain `from_pretrained` insists on all parts (diffusers 0.42). The CLIP tokenizers are
-BPEs trained on the caption grammar, so that "triangle" is one token and other text still tokenises, letter by letter.
+`context_pre_only` (as in SD3.5-medium), an `AutoencoderKL` and a flow-matching Euler scheduler. The third (T5) encoder
+is silent: its last normalisation multiplies by zero, so that it adds the zeros which the stock pipeline adds for a T5
+that was left out. It is there because plain `from_pretrained` insists on all parts (diffusers 0.42). The tokenizers
+are BPEs trained on the caption grammar: "triangle" is one token, and other text still tokenises, letter by letter.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def place(scene: Scene, size: int, rng: np.random.Generator) -> tuple[Placement,
         if valid.any():
             first = int(valid.argmax())
             rows = zip(wanted, centres[first].tolist(), radii[first].tolist(), strict=True)
-            return tuple(Placement(*what, *centre, radius) for what, centre, radius in rows)
+            return tuple(Placement(colour, shape, x, y, radius) for (colour, shape), (x, y), radius in rows)
 
 
 def holds(relation: Relation, offset: np.ndarray, distance: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,19 +41,19 @@ class TrainConfig:
 
     out: Path
     """Folder of checkpoints, log and the finished pipeline."""
-    num_pictures: int = 64_000
+    num_pictures: int = 48_000
     """Pictures drawn once and reused."""
-    vae_steps: int = 2_500
+    vae_steps: int = 1_500
     """Optimiser steps of the autoencoder."""
-    steps: int = 12_000
+    steps: int = 3_400
     """Optimiser steps of the transformer."""
     vae_batch_size: int = 16
     """Pictures a step of the autoencoder."""
-    batch_size: int = 64
+    batch_size: int = 48
     """Pictures a step of the transformer."""
     vae_lr: float = 2e-3
     """Peak learning rate of the autoencoder (Adam)."""
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     """Peak learning rate of transformer and text encoders (AdamW)."""
     warmup: int = 300
     """Steps of linear warm-up; afterwards the rate falls along a cosine to zero."""
@@ -63,7 +63,7 @@ class TrainConfig:
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     shift: float = 1.0
     """Time shift of the shipped schedule."""
-    save_every: int = 500
+    save_every: int = 250
     """Steps between checkpoints."""
     seed: int = 0
     """Seed of weights, pictures and noise."""
@@ -144,7 +144,7 @@ class Stage:
             state = torch.load(self.path, weights_only=True, map_location=config.device)
             modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.step = state["average"], state["step"]
+            self.average, self.step = [tensor.detach() for tensor in state["average"]], state["step"]
 
     def run(self, loss: Callable[[torch.Generator], Tensor]) -> None:
         """Trains to the end, then loads the average weights into the modules.
@@ -159,12 +159,13 @@ class Stage:
                 group["lr"] = self.lr * cosine_rate(self.step, self.total, self.config.warmup)
             value = loss(torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step))
             self.optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1
             decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.average, list(self.modules.parameters()), 1 - decay)
+            with torch.no_grad():  # or the average would hold the graph of every step so far
+                torch._foreach_lerp_(self.average, list(self.modules.parameters()), 1 - decay)
             mean += float(value.detach()) / 100
             if self.step % 100 == 0:
                 self._log(mean, time.monotonic() - started)
@@ -259,6 +260,9 @@ def train_transformer(
         config: Settings.
     """
     modules = nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+    # The silent T5 adds zeros; without it the pipeline adds the same zeros, and does not warn of its single token.
+    silent = {"text_encoder_3": pipe.text_encoder_3, "tokenizer_3": pipe.tokenizer_3}
+    pipe.register_modules(**dict.fromkeys(silent))
     repeated_tokens.install(pipe.transformer)
     num_image_tokens = latents[0, 0].numel() // pipe.transformer.config.patch_size**2
     num_text_tokens = pipe.tokenizer_max_length + 1
@@ -291,26 +295,33 @@ def train_transformer(
 
     Stage("transformer", modules, config, config.lr, config.steps).run(loss)
     modules.eval()
+    pipe.register_modules(**silent)
 
 
-def train(config: TrainConfig) -> Path:
-    """Trains, or resumes, both stages and saves the pipeline in half precision.
+def train(config: TrainConfig, sizes: PipelineConfig | None = None) -> Path:
+    """Trains, or resumes, both stages and saves the pipeline, its two large parts in half precision.
 
     Args:
         config: Settings.
+        sizes: Sizes of the pipeline, the shipped ones by default; its time shift comes from `config`.
 
     Returns:
         The folder of the finished pipeline.
     """
     config.out.mkdir(parents=True, exist_ok=True)
-    sizes = PipelineConfig(shift=config.shift)
+    sizes = replace(sizes or PipelineConfig(), shift=config.shift)
     pipe = build_pipeline(sizes, config.seed).to(config.device)
     pictures = draw_pictures(config.num_pictures, sizes.image_size, config.seed)
     train_autoencoder(pipe.vae, pictures, config)
     latents = encode_pictures(pipe.vae, pictures, config.device)
     train_transformer(pipe, latents, pictures.captions, config)
     folder = config.out / "pipeline"
-    pipe.to("cpu", torch.float16).save_pretrained(folder)
+    # Only what diffusers loads, which it does in float32: transformers 5 loads the encoders as they are stored, and
+    # plain `from_pretrained` would put half-precision encoders before a float32 transformer.
+    pipe.to("cpu")
+    pipe.transformer.half()
+    pipe.vae.half()
+    pipe.save_pretrained(folder)
     return folder
 
 

@@ -3,7 +3,7 @@
 pycma is told ranks, which is all that CMA-ES uses: a failed candidate is then the worst one (pycma itself
 would make a NaN the median), ties never depend on an unstable sort, and halving rounds compare like with
 like. Its global random state, its files, its signals file and its own stop rules are all switched off
-(facts/cma.md, section 2.1, pycma 4.5.0).
+(docs/search.md, pycma 4.5.0).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class CMAES(EvolutionStrategy):
         preset: "official" is the published optimiser: sigma0 0.25, 4 + floor(3 ln n) candidates, all on 16
             prompts, one step size for all parameters. "default" has a smaller sigma0, smaller steps for
             member weights, 32 candidates with halving and a learning rate of the mean that falls (R2 of
-            facts/cma.md).
+            docs/search.md).
         sigma0: First step size of a scale. Default: 0.1, or 0.15 for budgets up to 10,000 images.
         popsize: Candidates of a generation, at least 4.
         bucket_size: Prompts of a generation.

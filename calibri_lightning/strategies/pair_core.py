@@ -1,6 +1,6 @@
 """Antithetic pairs with Adam: an evolution strategy that cancels the difficulty of prompts.
 
-P2 of facts/cma.md, section 3. Pair i is m + sigma s z_i and m - sigma s z_i (s = relative step sizes). Both
+P2 of docs/search.md. Pair i is m + sigma s z_i and m - sigma s z_i (s = relative step sizes). Both
 are judged on prompts and noise of their own, which no other pair sees: a generation visits many prompts. The
 gradient estimate is g = mean_i (r_i+ - r_i-) / 2 * z_i, in units of z; Adam then moves the mean by
 s * lr * m_hat / sqrt(v_hat): lr is the length of a coordinate's step in units of its relative step size s.

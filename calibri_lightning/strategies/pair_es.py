@@ -15,7 +15,7 @@ from calibri_lightning.strategies.search import SearchSpace, search_space
 class PairES(EvolutionStrategy):
     """Pairs of candidates on opposite sides of the mean; each pair has prompts and noise of its own.
 
-    P2 of facts/cma.md, section 3.
+    P2 of docs/search.md.
 
     Args:
         num_pairs: Pairs of a generation; it takes 2 x num_pairs x prompts_per_pair images.

@@ -25,7 +25,7 @@ FAILED = -math.inf
 """Marks an evaluated cell whose reward is not finite: worse than any reward, never a middling one."""
 
 LEAST_USABLE = 0.75
-"""Smallest share of usable prompt slots in a generation that is told (facts/cma.md, section 4)."""
+"""Smallest share of usable prompt slots in a generation that is told (docs/search.md)."""
 
 _TAIL = 0.25
 _STREAM_TAG = 0x63616C69627269

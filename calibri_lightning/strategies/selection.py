@@ -1,7 +1,7 @@
 """The honest choice of the answer: the vector with the best score on a fixed validation set.
 
-The reward of a training bucket never enters: the best of many noisy numbers is mostly luck (facts/cma.md,
-defect 5).
+The reward of a training bucket never enters: the best of many noisy numbers is mostly luck
+(docs/search.md).
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_converges_on_sphere_and_ellipsoid(condition: float) -> None:
 
 @pytest.mark.parametrize(("n", "popsize"), [(2, 6), (57, 16), (58, 16), (77, 17), (115, 18), (216, 20)])
 def test_official_popsize(n: int, popsize: int) -> None:
-    assert official_popsize(n) == popsize  # facts/cma.md, section 1, row 13
+    assert official_popsize(n) == popsize
 
 
 def test_standard_deviations_of_coordinates_follow_stds() -> None:

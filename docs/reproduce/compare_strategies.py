@@ -1,0 +1,126 @@
+"""Compares search strategies on the embedded model at one budget of images: python docs/reproduce/compare_strategies.py
+
+Each run is an ordinary `fit` of configs/quickstart.yaml in a process of its own with one thread; finished runs are kept,
+so an interrupted comparison goes on where it stopped. Writes RUNS/strategies.csv and RUNS/strategies.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A strategy with its settings."""
+
+    label: str
+    arguments: tuple[str, ...]
+    images_per_generation: int
+
+
+SETTINGS = {
+    "official": Setting("official CMA-ES", ("CMAES", "--model.strategy.preset=official"), 256),
+    "r1": Setting("R1: small steps, annealed", ("CMAES", "--model.strategy.popsize=16", "--model.strategy.halving=[16]"), 256),
+    "r2": Setting("R2: R1 and halving (CMAES default)", ("CMAES",), 256),
+    "p2": Setting("P2: antithetic pairs (PairES)", ("PairES",), 128),
+}
+
+
+def run(key: str, seed: int, images: int, points: int, out: Path, extra: list[str]) -> Path:
+    """Runs one fit unless its summary exists; returns its folder."""
+    setting, folder = SETTINGS[key], out / f"{key}_{seed}"
+    generations = images // setting.images_per_generation
+    if not (folder / "version_0" / "summary.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "calibri_lightning", "fit", "--config", str(ROOT / "configs/quickstart.yaml")]
+        command += [f"--seed_everything={seed}", f"--name={folder.name}", f"--trainer.default_root_dir={out}"]
+        command += [f"--model.strategy={setting.arguments[0]}", *setting.arguments[1:]]
+        command += [f"--trainer.max_steps={generations}", f"--trainer.val_check_interval={generations // points}"]
+        command += ["--model.full_num_steps=0", *extra]
+        with (folder / "log.txt").open("w") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return folder / "version_0"
+
+
+def read(folder: Path, per_generation: int) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Held-out validation reward of the mean over images, and the test differences at equal cost."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    start = [float(row["val/start"]) for row in rows if row.get("val/start")]
+    mean = [float(row["val/mean"]) for row in rows if row.get("val/mean")]
+    steps = [int(row["step"]) + 1 for row in rows if row.get("val/mean")]
+    summary = json.loads((folder / "summary.json").read_text())
+    gains = {
+        c["reward"]: (c["difference"]["mean"], c["difference"]["low"], c["difference"]["high"])
+        for c in summary["comparisons"]
+        if c["against"] == "equal NFE"
+    }
+    return np.array([0, *steps]) * per_generation, np.array([*start, *mean]), gains
+
+
+def main() -> None:
+    """Runs all fits, prints the table and draws the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=3072, help="training images of each run")
+    parser.add_argument("--points", type=int, default=3, help="validations of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--extra", nargs="*", default=[], help="further options of every fit")
+    options = parser.parse_args()
+    tasks = [(key, seed) for seed in options.seeds for key in options.settings]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        folders = list(
+            pool.map(lambda t: run(*t, options.images, options.points, options.out, options.extra), tasks)
+        )
+    table, curves = [], {}
+    for (key, seed), folder in zip(tasks, folders, strict=True):
+        images, rewards, gains = read(folder, SETTINGS[key].images_per_generation)
+        curves.setdefault(key, []).append(rewards)
+        curves[f"{key} images"] = images
+        for reward, (mean, low, high) in gains.items():
+            table.append([key, seed, reward, f"{mean:.4f}", f"{low:.4f}", f"{high:.4f}"])
+    with (options.out / "strategies.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["setting", "seed", "reward", "gain", "low", "high"], *table])
+    for key in options.settings:
+        for reward in ("shapes", "shapes_strict"):
+            gains = np.array([float(row[3]) for row in table if row[0] == key and row[2] == reward])
+            sure = sum(float(row[4]) > 0 for row in table if row[0] == key and row[2] == reward)
+            error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
+            print(f"{key:<9} {reward:<14} gain {gains.mean():+.4f} +- {error:.4f} s.e., {sure}/{len(gains)} sure: {gains}")
+    draw(curves, options.settings, options.out / "strategies.png")
+
+
+def draw(curves: dict[str, object], keys: list[str], path: Path) -> None:
+    """Draws mean and standard error of the held-out reward over images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    for key, colour in zip(keys, ("#888888", "#4477AA", "#228833", "#EE6677"), strict=False):
+        rewards = np.array(curves[key])
+        mean, error = rewards.mean(0), rewards.std(0, ddof=1) / np.sqrt(max(len(rewards), 1))
+        axes.plot(curves[f"{key} images"], mean, color=colour, marker="o", ms=3, label=SETTINGS[key].label)
+        axes.fill_between(curves[f"{key} images"], mean - error, mean + error, color=colour, alpha=0.15, lw=0)
+    axes.set(xlabel="training images", ylabel="soft reward of the mean, validation captions")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
