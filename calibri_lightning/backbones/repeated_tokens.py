@@ -83,7 +83,7 @@ def install(transformer: nn.Module) -> None:
     transformer.set_attn_processor(BiasedJointAttention())  # type: ignore[operator]
 
 
-def key_bias(num_image_tokens: int, num_text_tokens: int, num_repeats: int, device: torch.device) -> Tensor:
+def key_bias(num_image_tokens: int, num_text_tokens: int, num_repeats: float, device: torch.device) -> Tensor:
     """The bias with which the last text token stands for `num_repeats` equal ones.
 
     Args:

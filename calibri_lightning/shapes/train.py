@@ -8,189 +8,28 @@ eq. 13-14, logit-normal times eq. 19). Sigma is 1 at noise and 0 at data. The re
 from __future__ import annotations
 
 import argparse
-import csv
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from calibri_lightning.backbones import repeated_tokens
-from calibri_lightning.shapes.captions import Scene, split_scenes
+from calibri_lightning.shapes.pictures import Pictures, draw_pictures
 from calibri_lightning.shapes.pipeline import PipelineConfig, build_pipeline
-from calibri_lightning.shapes.render import place, render
+from calibri_lightning.shapes.stage import Stage, TrainConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 NUM_NULL_TOKENS = 256
-"""Zero text tokens that the stock pipeline appends in place of the absent third encoder; one token stands for all of
+"""Zero text tokens that the stock pipeline appends in place of the silent third encoder; one token stands for all of
 them here, exactly (see `backbones.repeated_tokens`), so that training takes a third of the time."""
-KIND_SHARES: dict[str, float] = {"single": 0.10, "count": 0.30, "relation": 0.60}
-"""Share of each kind of scene among the training pictures."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run; each field is a command-line flag."""
-
-    out: Path
-    """Folder of checkpoints, log and the finished pipeline."""
-    num_pictures: int = 48_000
-    """Pictures drawn once and reused."""
-    vae_steps: int = 1_500
-    """Optimiser steps of the autoencoder."""
-    steps: int = 3_400
-    """Optimiser steps of the transformer."""
-    vae_batch_size: int = 16
-    """Pictures a step of the autoencoder."""
-    batch_size: int = 48
-    """Pictures a step of the transformer."""
-    vae_lr: float = 2e-3
-    """Peak learning rate of the autoencoder (Adam)."""
-    lr: float = 1.5e-3
-    """Peak learning rate of transformer and text encoders (AdamW)."""
-    warmup: int = 300
-    """Steps of linear warm-up; afterwards the rate falls along a cosine to zero."""
-    ema: float = 0.999
-    """Decay of the weight average that is saved."""
-    caption_dropout: float = 0.1
-    """Share of captions replaced by the empty one, for classifier-free guidance."""
-    shift: float = 1.0
-    """Time shift of the shipped schedule."""
-    save_every: int = 250
-    """Steps between checkpoints."""
-    seed: int = 0
-    """Seed of weights, pictures and noise."""
-    device: str = "cpu"
-    """Torch device."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The training set: pictures and what they show."""
-
-    pixels: np.ndarray
-    """uint8 [N, size, size, 3]."""
-    captions: tuple[str, ...]
-    """N captions."""
-
-
-def draw_pictures(count: int, size: int, seed: int) -> Pictures:
-    """Draws training pictures; picture i depends on (seed, i) alone.
-
-    Args:
-        count: How many.
-        size: Height and width, pixels.
-        seed: Seed.
-
-    Returns:
-        The pictures.
-    """
-    by_kind: dict[str, list[Scene]] = {kind: [] for kind in KIND_SHARES}
-    for scene in split_scenes("train"):
-        by_kind[scene.kind].append(scene)
-    pixels = np.empty((count, size, size, 3), np.uint8)
-    captions = []
-    for index in range(count):
-        rng = np.random.Generator(np.random.Philox(key=[seed, index]))
-        scenes = by_kind[str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))]
-        scene = scenes[int(rng.integers(len(scenes)))]
-        pixels[index] = np.rint(render(place(scene, size, rng), size) * 255)
-        captions.append(scene.caption)
-    return Pictures(pixels, tuple(captions))
-
-
-def cosine_rate(step: int, total: int, warmup: int) -> float:
-    """Learning-rate factor in 0..1: linear warm-up, then a cosine to zero.
-
-    Args:
-        step: Steps done.
-        total: Steps in all.
-        warmup: Steps of warm-up.
-
-    Returns:
-        The factor.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / max(1, total - warmup))))
-
-
-class Stage:
-    """A resumable training stage: optimiser, weight average, log and checkpoints around one loss function."""
-
-    def __init__(self, name: str, modules: nn.ModuleList, config: TrainConfig, lr: float, total: int) -> None:
-        """Prepares a stage and resumes it where a checkpoint is found.
-
-        Args:
-            name: Names the checkpoint and the log rows.
-            modules: What is trained.
-            config: The run's settings.
-            lr: Peak learning rate.
-            total: Optimiser steps.
-        """
-        self.name, self.modules, self.config, self.lr, self.total = name, modules, config, lr, total
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-        self.average = [p.detach().clone() for p in modules.parameters()]
-        self.step = 0
-        self.path = config.out / f"{name}.pt"
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True, map_location=config.device)
-            modules.load_state_dict(state["modules"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.step = [tensor.detach() for tensor in state["average"]], state["step"]
-
-    def run(self, loss: Callable[[torch.Generator], Tensor]) -> None:
-        """Trains to the end, then loads the average weights into the modules.
-
-        Args:
-            loss: Draws a batch with the given generator (seeded by the step, so a resumed run draws the same) and
-                returns its mean loss.
-        """
-        started, mean = time.monotonic(), 0.0
-        while self.step < self.total:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * cosine_rate(self.step, self.total, self.config.warmup)
-            value = loss(torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step))
-            self.optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-            self.optimizer.step()
-            self.step += 1
-            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():  # or the average would hold the graph of every step so far
-                torch._foreach_lerp_(self.average, list(self.modules.parameters()), 1 - decay)
-            mean += float(value.detach()) / 100
-            if self.step % 100 == 0:
-                self._log(mean, time.monotonic() - started)
-                mean = 0.0
-            if self.step % self.config.save_every == 0 or self.step == self.total:
-                self._save()
-        with torch.no_grad():
-            for parameter, average in zip(self.modules.parameters(), self.average, strict=True):
-                parameter.copy_(average)
-
-    def _log(self, loss: float, seconds: float) -> None:
-        print(f"{self.name} step {self.step}/{self.total} loss {loss:.4f} {seconds:.0f} s", flush=True)
-        with (self.config.out / "train.csv").open("a", newline="") as file:
-            csv.writer(file).writerow([self.name, self.step, f"{loss:.6f}", f"{seconds:.1f}"])
-
-    def _save(self) -> None:
-        state = {
-            "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "step": self.step,
-        }
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.path)
+NULL_TOKENS_START, NULL_TOKENS_END = 0.25, 0.65
+"""Shares of the steps between which their number grows, on a log scale, from 1 to `NUM_NULL_TOKENS`. With all of them
+from the start, 84 % of the attention rests on nothing, its gradients vanish, and captions are never bound to places."""
 
 
 def train_autoencoder(vae: AutoencoderKL, pictures: Pictures, config: TrainConfig) -> None:
@@ -204,7 +43,7 @@ def train_autoencoder(vae: AutoencoderKL, pictures: Pictures, config: TrainConfi
     vae.train().to(memory_format=torch.channels_last)
     pixels = torch.from_numpy(pictures.pixels)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator, progress: float) -> Tensor:
         picked = torch.randint(len(pixels), (config.vae_batch_size,), generator=generator)
         x = to_vae_range(pixels[picked], config.device)
         posterior = vae.encode(x).latent_dist
@@ -214,6 +53,53 @@ def train_autoencoder(vae: AutoencoderKL, pictures: Pictures, config: TrainConfi
 
     Stage("autoencoder", nn.ModuleList([vae]), config, config.vae_lr, config.vae_steps).run(loss)
     vae.eval()
+
+
+def prepare_latents(vae: AutoencoderKL, size: int, config: TrainConfig) -> tuple[Tensor, tuple[str, ...]]:
+    """Draws the pictures, trains the autoencoder and encodes them; what a run before this one did is kept.
+
+    Args:
+        vae: The autoencoder; afterwards it is trained and whitens.
+        size: Height and width of the pictures, pixels.
+        config: Settings.
+
+    Returns:
+        Latents as of `encode_pictures`, and their captions.
+    """
+    path = config.out / "latents.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        if state["settings"] == [config.num_pictures, config.seed, config.vae_steps]:
+            vae.load_state_dict(state["vae"])
+            vae.register_to_config(**state["whitening"])
+            return state["latents"], tuple(state["captions"])
+    pictures = draw_pictures(config.num_pictures, size, config.seed)
+    train_autoencoder(vae, pictures, config)
+    latents = encode_pictures(vae, pictures, config.device)
+    state = {
+        "settings": [config.num_pictures, config.seed, config.vae_steps],
+        "vae": vae.state_dict(),
+        "whitening": {name: float(vae.config[name]) for name in ("shift_factor", "scaling_factor")},
+        "latents": latents,
+        "captions": list(pictures.captions),
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+    return latents, pictures.captions
+
+
+def num_null_tokens(progress: float) -> float:
+    """How many null tokens the single one stands for; not always a whole number.
+
+    Args:
+        progress: Share of the steps that are done.
+
+    Returns:
+        1 at first, `NUM_NULL_TOKENS` at the end.
+    """
+    grown = (progress - NULL_TOKENS_START) / (NULL_TOKENS_END - NULL_TOKENS_START)
+    return float(NUM_NULL_TOKENS ** min(max(grown, 0.0), 1.0))
 
 
 def to_vae_range(pixels: Tensor, device: str) -> Tensor:
@@ -266,9 +152,9 @@ def train_transformer(
     repeated_tokens.install(pipe.transformer)
     num_image_tokens = latents[0, 0].numel() // pipe.transformer.config.patch_size**2
     num_text_tokens = pipe.tokenizer_max_length + 1
-    bias = repeated_tokens.key_bias(num_image_tokens, num_text_tokens, NUM_NULL_TOKENS, torch.device(config.device))
+    device = torch.device(config.device)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator, progress: float) -> Tensor:
         picked = torch.randint(len(latents), (config.batch_size,), generator=generator)
         dropped = torch.rand(config.batch_size, generator=generator) < config.caption_dropout
         texts = ["" if drop else captions[index] for index, drop in zip(picked.tolist(), dropped.tolist(), strict=True)]
@@ -283,6 +169,7 @@ def train_transformer(
         ) / config.batch_size
         sigma = torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)).sigmoid().view(-1, 1, 1, 1)
         x = ((1 - sigma) * data + sigma * noise).to(config.device)  # eq. 13
+        bias = repeated_tokens.key_bias(num_image_tokens, num_text_tokens, num_null_tokens(progress), device)
         velocity = pipe.transformer(
             x,
             encoder_hidden_states=embeds,
@@ -311,10 +198,8 @@ def train(config: TrainConfig, sizes: PipelineConfig | None = None) -> Path:
     config.out.mkdir(parents=True, exist_ok=True)
     sizes = replace(sizes or PipelineConfig(), shift=config.shift)
     pipe = build_pipeline(sizes, config.seed).to(config.device)
-    pictures = draw_pictures(config.num_pictures, sizes.image_size, config.seed)
-    train_autoencoder(pipe.vae, pictures, config)
-    latents = encode_pictures(pipe.vae, pictures, config.device)
-    train_transformer(pipe, latents, pictures.captions, config)
+    latents, captions = prepare_latents(pipe.vae, sizes.image_size, config)
+    train_transformer(pipe, latents, captions, config)
     folder = config.out / "pipeline"
     # Only what diffusers loads, which it does in float32: transformers 5 loads the encoders as they are stored, and
     # plain `from_pretrained` would put half-precision encoders before a float32 transformer.

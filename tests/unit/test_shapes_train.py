@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from calibri_lightning.shapes import train as training
 from calibri_lightning.shapes.captions import HELD_OUT_OBJECTS, prompts
+from calibri_lightning.shapes.pictures import KIND_SHARES, draw_pictures
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
-from calibri_lightning.shapes.train import Stage, TrainConfig, cosine_rate, draw_pictures, encode_pictures, train
+from calibri_lightning.shapes.stage import Stage, TrainConfig, cosine_rate
+from calibri_lightning.shapes.train import NUM_NULL_TOKENS, encode_pictures, num_null_tokens, train
 
 RUN = TrainConfig(
     Path(), num_pictures=12, vae_steps=5, steps=5, vae_batch_size=3, batch_size=4, warmup=2, save_every=2, shift=2.0
@@ -39,11 +40,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kill_in(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Stage.run
 
-    def dying(self: Stage, loss: Callable[[torch.Generator], torch.Tensor]) -> None:
-        def checked(generator: torch.Generator) -> torch.Tensor:
+    def dying(self: Stage, loss: Callable[[torch.Generator, float], torch.Tensor]) -> None:
+        def checked(generator: torch.Generator, progress: float) -> torch.Tensor:
             if self.name == stage and self.step == step:
                 raise Killed
-            return loss(generator)
+            return loss(generator, progress)
 
         run(self, checked)
 
@@ -122,7 +123,7 @@ def test_pictures_show_training_captions_only() -> None:
     assert set(captions) <= {prompt.text for prompt in prompts("train")}
     assert not any(f"{colour} {shape}" in caption for caption in captions for colour, shape in HELD_OUT_OBJECTS)
     related = sum(any(word in caption for word in ("above", "below", " of ")) for caption in captions)
-    assert related / 400 == pytest.approx(training.KIND_SHARES["relation"], abs=0.1)
+    assert related / 400 == pytest.approx(KIND_SHARES["relation"], abs=0.1)
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
@@ -135,14 +136,14 @@ def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
 
 
 @pytest.fixture
-def line(tmp_path: Path) -> Callable[..., tuple[Stage, list[Any], Callable[[torch.Generator], torch.Tensor]]]:
-    def build(total: int, **settings: Any) -> tuple[Stage, list[Any], Callable[[torch.Generator], torch.Tensor]]:
+def line(tmp_path: Path) -> Callable[..., tuple[Stage, list[Any], Callable[[torch.Generator, float], torch.Tensor]]]:
+    def build(total: int, **settings: Any) -> tuple[Stage, list[Any], Callable[[torch.Generator, float], torch.Tensor]]:
         layer = nn.Linear(2, 1, bias=False)
         nn.init.zeros_(layer.weight)
         config = replace(RUN, out=tmp_path, **settings)
         seen: list[Any] = []
 
-        def loss(generator: torch.Generator) -> torch.Tensor:
+        def loss(generator: torch.Generator, progress: float) -> torch.Tensor:
             x = torch.randn(16, 2, generator=generator)
             seen.append((layer.weight.detach().clone(), x))
             return (layer(x) - x @ torch.tensor([[1.0], [-2.0]])).square().mean()
@@ -224,3 +225,11 @@ def test_a_kill_while_saving_keeps_the_previous_checkpoint(
     assert resumed.step == 2
     resumed.run(loss)
     assert len(seen) == 4
+
+
+def test_null_tokens_grow_from_one_to_all_of_them() -> None:
+    counts = [num_null_tokens(step / 100) for step in range(101)]
+    assert counts[0] == counts[25] == 1
+    assert counts[65] == counts[100] == NUM_NULL_TOKENS
+    assert counts[45] == pytest.approx(NUM_NULL_TOKENS**0.5)
+    assert all(a <= b for a, b in zip(counts, counts[1:], strict=False))
