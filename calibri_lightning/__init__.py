@@ -9,16 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calibri_lightning.assembly import CalibrationConfig
     from calibri_lightning.backbones import SD3
     from calibri_lightning.calibration import fuse, load_calibration, read_calibration, unload_calibration
     from calibri_lightning.data import PromptData
     from calibri_lightning.errors import UserError
-    from calibri_lightning.module import CalibrationConfig, CalibriModule
+    from calibri_lightning.module import CalibriModule
     from calibri_lightning.strategies import CMAES, PairES
 
 _HOMES = {
     "CMAES": "strategies",
-    "CalibrationConfig": "module",
+    "CalibrationConfig": "assembly",
     "CalibriModule": "module",
     "PairES": "strategies",
     "PromptData": "data",

@@ -21,7 +21,7 @@ start here:
 
 help on one command:      python -m calibri_lightning fit --help
 the resolved settings:    python -m calibri_lightning fit --config FILE --print_config
-shell completion:         python -m calibri_lightning fit --print_completion=shtab-bash
+shell completion:         python -m calibri_lightning --print_completion=shtab-bash
 """
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(version("calibri-lightning"))
         return 0
-    if arguments[0] not in COMMANDS:
+    if arguments[0] not in COMMANDS and not arguments[0].startswith("--print_completion"):
         import difflib
 
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 # Imported so that YAML may name them without a path: `class_path: PairES`.
-from calibri_lightning.backbones import SD3  # noqa: F401
+from calibri_lightning.backbones import SD3
+from calibri_lightning.checkpoint import CheckpointFiles, ResumeHint, RunCheckpoint, check_exists
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
 from calibri_lightning.module import CalibriModule
-from calibri_lightning.strategies import CMAES, PairES  # noqa: F401
+from calibri_lightning.strategies import CMAES, PairES
 
 set_parsing_settings(add_print_completion_argument=True)
+
+SHORT_NAMES = (SD3, PairES, CMAES)
+"""Classes that a configuration may name without their module."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # Steps are generations: nothing happens at an epoch's end, for there is one endless epoch.
@@ -35,6 +43,55 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "default_root_dir": "runs",
 }
+
+
+class OneMessageParser(LightningArgumentParser):
+    """Says what is wrong in one line, without the hundred options of the usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message and exits with code 2.
+
+        Args:
+            message: What is wrong.
+            ex: The cause.
+
+        Raises:
+            ArgumentError: Where the caller wants exceptions, as jsonargparse itself does inside.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        text = " ".join(message.replace("Parser key ", "").split()).rstrip(".")
+        if "Expected a dot import path" in text:
+            names = ", ".join(known.__name__ for known in SHORT_NAMES)
+            text += f" (built in are {names}; others go as package.module.Class)"
+        self.exit(2, f"error: {text}. All options: {parser.prog.replace(' [options]', '')} --help\n")
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml, with which a fit runs again as it is; other commands leave a fit's file alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes the file before anything is computed.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            stage: "fit" or another command.
+
+        Raises:
+            UserError: If the folder holds another fit.
+        """
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        there = trainer.strategy.broadcast((folder / self.config_filename).is_file())
+        if there and stage == "fit" and not self.already_saved and not self.config.get("ckpt_path"):
+            raise UserError(
+                f"The run folder {folder} holds an earlier run. Each run has a folder of its own: give another "
+                "--trainer.default_root_dir, or keep trainer.logger, which numbers the folders."
+            )
+        self.overwrite = True
+        if stage == "fit" or not there:
+            super().setup(trainer, pl_module, stage)
 
 
 class CalibriCLI(LightningCLI):
@@ -53,14 +110,30 @@ class CalibriCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
+    def before_instantiate_classes(self) -> None:
+        """Checks what can be checked before a model is loaded.
+
+        Raises:
+            UserError: If the checkpoint is not there, or the run's folder cannot be written.
+        """
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path"):
+            check_exists(config["ckpt_path"])
+        root = config["trainer"]["default_root_dir"] or "."
+        if "://" not in str(root):
+            _check_writable(Path(str(root)))
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds TensorBoard and CSV logs and a checkpoint after every generation, unless others are configured.
+        """Adds TensorBoard and CSV logs, unless others are configured, and a checkpoint after every generation.
 
         Args:
             **kwargs: Overrides of the configured arguments.
 
         Returns:
             The trainer.
+
+        Raises:
+            UserError: If Lightning refuses the arguments.
         """
         config = self.config_init[self.subcommand]
         trainer = config["trainer"]
@@ -71,13 +144,23 @@ class CalibriCLI(LightningCLI):
                 board.save_dir, name=config["name"], version=f"version_{board.version}", flush_logs_every_n_steps=1
             )
             kwargs["logger"] = [board, rows]
-        callbacks = list(trainer["callbacks"] or [])
-        if trainer["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            checkpoint = ModelCheckpoint(
-                filename="last", every_n_train_steps=1, save_top_k=1, enable_version_counter=False
-            )
-            kwargs["callbacks"] = [*callbacks, checkpoint]
-        return super().instantiate_trainer(**kwargs)
+        plugins = _as_list(trainer["plugins"])
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, CheckpointFiles()]
+        if trainer["enable_checkpointing"] is not False:
+            kwargs["callbacks"] = [*_as_list(trainer["callbacks"]), RunCheckpoint()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise UserError(f"The trainer refuses its arguments: {error} Correct them under trainer.") from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Lightning's own tables of metrics would stand beside ours.
+        return super()._prepare_subcommand_kwargs(subcommand) | (
+            {"verbose": False} if subcommand in ("validate", "test") else {}
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: the parent lets a checkpoint's settings override the command line (Lightning issue #20801)."""
@@ -98,24 +181,70 @@ def run(arguments: Sequence[str]) -> int:
         Exit code: 0, 2 for a user's mistake, 130 when interrupted.
     """
     _quieten()
+    hint = ResumeHint()
     try:
-        CalibriCLI(
-            CalibriModule,
-            PromptData,
-            seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "calibri_lightning"},
-            # Lightning warns when arguments are passed beside those of the process.
-            args=None if list(arguments) == sys.argv[1:] else list(arguments),
-        )
+        _start(arguments, hint)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        hint.print()
         return 2
+    except MisconfigurationException as error:
+        print(f"error: the trainer refuses its arguments: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {where}{error.strerror or error}. The run could not read or write a file: free space, or choose a "
+            "folder that you may write to with --trainer.default_root_dir.",
+            file=sys.stderr,
+        )
+        hint.print()
+        return 2
+    except SystemExit as stop:  # --help, the parser's errors, and Lightning's answer to Ctrl+C
+        if hint.interrupted:
+            print("interrupted", file=sys.stderr)
+            hint.print()
+            return 130
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        print("interrupted; resume with --ckpt_path RUN/checkpoints/last.ckpt", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+    except BaseException:
+        hint.print()
+        raise
     return 0
+
+
+def _start(arguments: Sequence[str], hint: ResumeHint) -> None:
+    CalibriCLI(
+        CalibriModule,
+        PromptData,
+        save_config_callback=RunConfig,
+        seed_everything_default=0,
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [hint]},
+        auto_configure_optimizers=False,
+        parser_class=OneMessageParser,
+        parser_kwargs={"prog": "calibri_lightning"},
+        args=list(arguments),
+    )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder} cannot be written ({error.strerror or error}); runs go there. Free space, or choose "
+            "another with --trainer.default_root_dir."
+        ) from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _quieten() -> None:
@@ -131,9 +260,16 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*Checkpoint directory .* exists and is not empty.*",
-        # The three below describe this design: no optimiser, a frozen model, the state after a generation.
+        ".*LightningCLI's args parameter is intended to run from within Python.*",
+        # A run without validation prompts.
+        ".*Total length of `list` across ranks is zero.*",
+        # Lightning 2.6.6 on torch 2.13, in each broadcast and reduction.
+        r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        # The four below describe this design: no optimiser, a frozen model, the state after a generation, and a
+        # strategy that is a callback of the module.
         ".*`LightningModule.configure_optimizers` returned `None`.*",
         ".*module\\(s\\) in eval mode at the start of training.*",
         ".*Using ModelCheckpoint with manual optimization.*",
+        ".*Be aware that when using `ckpt_path`.*",
     ):
         warnings.filterwarnings("ignore", pattern)

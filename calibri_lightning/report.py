@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from calibri_lightning.calibration import CalibrationFile, ObtainedBy, fingerpri
 from calibri_lightning.checkpoint import CALIBRATION
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation import (
-    Condition,
     Convergence,
     Panel,
     plot_convergence,
@@ -27,118 +25,16 @@ from calibri_lightning.evaluation import (
     render_table,
     save_grid,
     summarise,
-    verdict,
     write_summary,
 )
-from calibri_lightning.sampling.noise import noise_seed
+from calibri_lightning.prompts import PromptBatch
+from calibri_lightning.sampling.noise import TEST_STEP
 
 if TYPE_CHECKING:
+    from calibri_lightning.conditions import Conditions
     from calibri_lightning.module import CalibriModule
-    from calibri_lightning.prompts import PromptBatch
 
 Floats = NDArray[np.float64]
-
-
-@dataclass
-class Trace:
-    """The course of a run, for the convergence plot; part of every checkpoint."""
-
-    images: list[float] = field(default_factory=list)
-    """Training images up to the end of each generation."""
-    train: list[float] = field(default_factory=list)
-    """Mean reward of each generation."""
-    sigma: list[float] = field(default_factory=list)
-    """Step size after each generation."""
-    validation_images: list[float] = field(default_factory=list)
-    """Training images at each validation."""
-    validation: list[float] = field(default_factory=list)
-    """Validation score of the search's mean."""
-    base: float = math.nan
-    """Validation score of the start."""
-
-    def state(self) -> dict[str, Any]:
-        """The trace as plain lists, which `torch.load(weights_only=True)` reads.
-
-        Returns:
-            What `Trace(**state)` takes.
-        """
-        return {name: list(v) if isinstance(v, list) else v for name, v in vars(self).items()}
-
-
-@dataclass(frozen=True)
-class _Way:
-    """One way to make the test pictures."""
-
-    name: str
-    role: Literal["base", "calibrated"]
-    theta: Floats
-    num_steps: int
-
-
-class Conditions:
-    """The conditions of a test and their scores so far.
-
-    Args:
-        ways: How each condition makes its pictures.
-    """
-
-    def __init__(self, ways: tuple[_Way, ...]) -> None:
-        self.ways = ways
-        self._rewards: list[dict[str, list[Floats]]] = [{} for _ in ways]
-
-    @classmethod
-    def of(cls, module: CalibriModule) -> Conditions:
-        """Base and calibrated at the module's steps, and the base at full cost.
-
-        Args:
-            module: The module; its theta is what is tested.
-
-        Returns:
-            The conditions; base alone where theta is the untouched model.
-        """
-        theta = module.theta.detach().cpu().numpy().astype(np.float64)
-        base, few, full = module.layout.start, module.num_steps, module.full_num_steps
-        ways = [_Way(f"base @ {few} steps", "base", base, few)]
-        if full and full != few:
-            ways.append(_Way(f"base @ {full} steps", "base", base, full))
-        if not np.array_equal(theta, base):
-            ways.append(_Way(f"calibrated @ {few} steps", "calibrated", theta, few))
-        return cls(tuple(ways))
-
-    def score(self, module: CalibriModule, batch: PromptBatch) -> None:
-        """Scores a batch under every condition, with the same noise.
-
-        Args:
-            module: The module.
-            batch: The prompts.
-        """
-        seeds = [noise_seed(module.seed, batch.step, prompt.index, 0) for prompt in batch.prompts]
-        for way, rewards in zip(self.ways, self._rewards, strict=True):
-            answer = module.evaluate(way.theta[None], batch.prompts, seeds, num_steps=way.num_steps)
-            for name, values in answer.per_reward.items():
-                rewards.setdefault(name, []).append(values[0])
-            if len(module.rewards.weighted) > 1:
-                rewards.setdefault(module.reward_name, []).append(answer.rewards[0])
-
-    def results(self, num_members: int) -> list[Condition]:
-        """The conditions with all their rewards.
-
-        Args:
-            num_members: Forwards of a sampling step.
-
-        Returns:
-            One `Condition` each.
-        """
-        return [
-            Condition(
-                way.name,
-                way.role,
-                way.num_steps,
-                way.num_steps * num_members,
-                {name: np.concatenate(parts) for name, parts in rewards.items()},
-            )
-            for way, rewards in zip(self.ways, self._rewards, strict=True)
-        ]
 
 
 class RunReport:
@@ -151,6 +47,20 @@ class RunReport:
     def __init__(self, module: CalibriModule) -> None:
         self.module, self.folder = module, module.run_dir
         self.speaks = module.trainer.is_global_zero
+
+    def announce(self) -> None:
+        """Says what a fit is about to do."""
+        if not self.speaks:
+            return
+        module, layout = self.module, self.module.layout
+        steps, count = module.num_steps, len(layout.members)
+        print(
+            f"Calibrating {module.backbone.name} with {type(module.strategy).__name__}: "
+            f"{layout.num_parameters} parameters ({layout.granularity} scales of {len(layout.sites)} sites x {count} "
+            f"member(s), weights {layout.weight_mode}), {steps} steps = {steps * count} forwards an image, "
+            f"{module.strategy.prompts_per_step} prompts a generation. Run folder: {self.folder}",
+            flush=True,
+        )
 
     def write_calibration(self, theta: Floats) -> None:
         """Writes calibration.json.
@@ -199,9 +109,9 @@ class RunReport:
             return
         module, trace, best = self.module, self.module.trace, self.module.strategy.best
         names = [f"{member.prompt} (member {i})" for i, member in enumerate(module.layout.members)]
-        theta = module.theta.detach().cpu().numpy()
-        plot_scales(self.folder / "scales.png", module.layout.names, theta.tolist(), names)
-        chosen = None if best is None else (self._images_at(best.generation), best.score)
+        self._folder()
+        plot_scales(self.folder / "scales.png", module.layout.names, module.answer.tolist(), names)
+        chosen = None if best is None else (trace.images_at(best.generation), best.score)
         course = Convergence(
             trace.images,
             trace.train,
@@ -213,17 +123,15 @@ class RunReport:
             module.reward_name,
         )
         plot_convergence(self.folder / "convergence.png", course)
-        if best is not None:
-            where = "the start itself: nothing beat it" if best.origin == "start" else f"the {best.origin}"
-            print(f"Chosen on the validation prompts: {where}, after {best.generation} generations.")
+        if best is not None and best.origin == "start":
+            print("The search found nothing better than the start. More generations may help, or more prompts a step.")
+        elif best is not None:
+            print(f"Chosen on the validation prompts: the {best.origin} after {best.generation} generations.")
         reason = getattr(module.strategy, "stop_reason", None)
         if reason:
             print(f"Stopped early: {reason}.")
         print(f"Calibration: {self.folder / CALIBRATION}")
         print(f"Plots: {self.folder / 'scales.png'}, {self.folder / 'convergence.png'}")
-
-    def _images_at(self, generation: int) -> float:
-        return 0.0 if generation == 0 else self.module.trace.images[generation - 1]
 
     def finish_test(self, conditions: Conditions) -> None:
         """Writes summary.json and the before/after grid, and prints the table.
@@ -235,37 +143,45 @@ class RunReport:
         panels, captions = self._panels(conditions)
         if not self.speaks:
             return
+        calibration = self._tested() if conditions.has_calibrated else "none: the scales are those of the base model"
         results = conditions.results(len(module.layout.members))
-        summary = summarise(results, module.reward_name, module.budget, self.folder / CALIBRATION)
+        summary = summarise(results, module.reward_name, module.budget, calibration)
         self._folder()
         write_summary(self.folder / "summary.json", summary)
         print(render_table(summary))
-        if any(way.role == "calibrated" for way in conditions.ways):
-            print(verdict(summary))
         print(f"Summary: {self.folder / 'summary.json'}")
         if panels:
             save_grid(self.folder / "before_after.png", panels, captions, columns=3)
             print(f"Pictures: {self.folder / 'before_after.png'}")
 
-    def _panels(self, conditions: Conditions) -> tuple[list[Panel], list[str]]:
-        """The first test prompts, drawn under every condition."""
-        from calibri_lightning.data import TEST_STEP
+    def _tested(self) -> Path:
+        """Where the calibration under test is; one that came out of a checkpoint is written here."""
+        own = self.folder / CALIBRATION
+        if own.is_file():
+            return own
+        if self.module.init_from and self.module.resumed_step is None:
+            given = Path(self.module.init_from)
+            return given / CALIBRATION if given.is_dir() else given
+        self.write_calibration(self.module.answer)
+        return own
 
+    def _panels(self, conditions: Conditions) -> tuple[list[Panel], list[str]]:
+        """The first test prompts, drawn under every condition; all ranks draw, all get all pictures."""
         module = self.module
         data: Any = getattr(module.trainer, "datamodule", None)
-        prompts = data.prompts("test")[: module.num_grid_prompts] if data is not None else ()
+        batch = PromptBatch(TEST_STEP, data.prompts("test")[: module.num_grid_prompts] if data is not None else ())
+        if not batch.prompts:
+            return [], []
         panels = []
         for way in conditions.ways:
-            drawn = module.calibrated_images(way.theta, prompts, TEST_STEP, way.num_steps)
-            whole = module.trainer.strategy.broadcast(drawn) if module.trainer.world_size == 1 else self._join(drawn)
-            if prompts:
-                panels.append(Panel(way.name, torch.stack([whole[i] for i in range(len(prompts))])))
-        return panels, [prompt.text for prompt in prompts]
-
-    def _join(self, mine: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        parts: list[Any] = [None] * self.module.trainer.world_size
-        torch.distributed.all_gather_object(parts, dict(mine))
-        return {position: image for part in parts for position, image in part.items()}
+            pictures = torch.zeros(len(batch.prompts), 3, *module.backbone.image_size, device=module.device)
+            for position, picture in module.pictures(way.theta, batch, way.num_steps).items():
+                pictures[position] = picture.to(module.device)
+            # Each picture was drawn by one rank and is 0 on the others.
+            whole = module.trainer.strategy.reduce(pictures, reduce_op="sum")
+            assert isinstance(whole, Tensor)
+            panels.append(Panel(way.name, whole.cpu()))
+        return panels, [prompt.text for prompt in batch.prompts]
 
     def draw(self, batch: PromptBatch) -> list[str]:
         """Draws prompts with the module's theta and writes them.
@@ -281,8 +197,7 @@ class RunReport:
         """
         from PIL import Image
 
-        theta = self.module.theta.detach().cpu().numpy().astype(np.float64)
-        drawn = self.module.calibrated_images(theta, batch.prompts, batch.step, self.module.num_steps)
+        drawn = self.module.pictures(self.module.answer, batch, self.module.num_steps)
         folder = self._folder("images")
         files = []
         for position, image in sorted(drawn.items()):
@@ -299,6 +214,13 @@ class RunReport:
                 ) from error
             files.append(str(path))
         return files
+
+    def finish_prediction(self) -> None:
+        """Says where the pictures are, and which scales drew them."""
+        if self.speaks:
+            base = np.array_equal(self.module.answer, self.module.layout.start)
+            by = "by the base model" if base else "with the calibration"
+            print(f"Pictures, drawn {by}: {self.folder / 'images'}")
 
     def _folder(self, name: str = "") -> Path:
         folder = self.folder / name

@@ -11,9 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 
 
@@ -56,3 +58,24 @@ def untouched_rng() -> Iterator[None]:
     assert random.getstate() == before[0], "the global generator of `random` was used"
     np.testing.assert_equal(np.random.get_state(legacy=False), before[1], "numpy's global generator was used")
     assert torch.equal(torch.get_rng_state(), before[2]), "torch's global generator was used"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny saved pipeline, prompts and a configuration; shared, so never written to."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_runs.prepare(folder)
+    return folder
+
+
+@pytest.fixture
+def runs(tiny_folder: Path, tmp_path: Path) -> tiny_runs.TinyRuns:
+    """Runs the whole program on the tiny model."""
+    return tiny_runs.TinyRuns.make(tiny_folder, tmp_path / "runs")
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the plots at the end of a fit, half of a tiny run's time; they have tests of their own."""
+    for name in ("plot_scales", "plot_convergence"):
+        monkeypatch.setattr(f"calibri_lightning.report.{name}", lambda *_: None)

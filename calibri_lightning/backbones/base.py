@@ -64,9 +64,7 @@ class Conditioning:
         Returns:
             The rows of all parts, in order.
         """
-        return Conditioning(
-            {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        )
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
 class Backbone(ABC):

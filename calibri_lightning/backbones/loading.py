@@ -162,8 +162,7 @@ def check_folder(folder: Path, class_name: str) -> dict[str, Component]:
         found = entries["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{index} is not a diffusers model index ({error!r}). Restore the file or download the model "
-            "again."
+            f"{index} is not a diffusers model index ({error!r}). Restore the file or download the model again."
         ) from error
     if found != class_name:
         raise UserError(
@@ -186,12 +185,8 @@ def _check_component(folder: Path, name: str) -> None:
             f"absent or empty. {fix}"
         )
     # A network has a config.json; tokenizers, schedulers and processors are configured otherwise.
-    if (part / "config.json").is_file() and not any(
-        file for pattern in _WEIGHTS for file in part.glob(pattern)
-    ):
-        raise UserError(
-            f"The component {name!r} of {folder} has no weights: {part} holds no .safetensors file. {fix}"
-        )
+    if (part / "config.json").is_file() and not any(file for pattern in _WEIGHTS for file in part.glob(pattern)):
+        raise UserError(f"The component {name!r} of {folder} has no weights: {part} holds no .safetensors file. {fix}")
     for file in part.glob("*.safetensors"):
         _check_weights(file, name)
 

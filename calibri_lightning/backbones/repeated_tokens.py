@@ -45,9 +45,7 @@ class BiasedJointAttention:
         Returns:
             Image tokens, or image and text tokens.
         """
-        parts = [
-            self._heads(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-        ]
+        parts = [self._heads(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))]
         if encoder_hidden_states is not None:
             projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             norms = (attn.norm_added_q, attn.norm_added_k)

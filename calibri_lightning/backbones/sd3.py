@@ -216,9 +216,7 @@ class SD3(Backbone):
         height, width = self.image_size
         rows = max(1, _PIXELS_PER_DECODE // (height * width))
         with torch.no_grad():
-            images = torch.cat(
-                [vae.decode(part, return_dict=False)[0].float() for part in latents.split(rows)]
-            )
+            images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in latents.split(rows)])
         return (images / 2 + 0.5).clamp(0, 1)
 
 

@@ -184,11 +184,7 @@ def probe(attachment: Attachment, forward: Callable[[], Tensor]) -> tuple[Site, 
         scales[range(len(tried)), tried] = 3.0
         with attachment.rows(scales):
             output = forward()
-        dead += [
-            attachment.sites[site]
-            for row, site in enumerate(tried)
-            if torch.equal(output[row], untouched[row])
-        ]
+        dead += [attachment.sites[site] for row, site in enumerate(tried) if torch.equal(output[row], untouched[row])]
     return tuple(dead)
 
 

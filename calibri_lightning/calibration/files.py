@@ -35,7 +35,7 @@ class ObtainedBy:
     num_steps: int = 0
     """Sampling steps of the pictures that were scored."""
     images: int = 0
-    """Pictures generated and scored, validation included."""
+    """Training pictures judged, the same after any kill and resume."""
     seed: int = 0
     start_score: float | None = None
     """Validation score of the untouched model."""
@@ -225,9 +225,7 @@ def _parse(document: object) -> CalibrationFile:
             f"{FORMAT_VERSION}. Install the version of calibri_lightning that wrote it, or convert it there."
         )
     values = {name: _number(value, name) for name, value in _get(document, "values", dict).items()}
-    members = tuple(
-        _member(member, f"members[{i}]") for i, member in enumerate(_get(document, "members", list))
-    )
+    members = tuple(_member(member, f"members[{i}]") for i, member in enumerate(_get(document, "members", list)))
     model = _get(document, "model", dict)
     return CalibrationFile(
         names=tuple(values),
@@ -247,9 +245,7 @@ def _parse(document: object) -> CalibrationFile:
 
 def _member(document: object, where: str) -> Member:
     if not isinstance(document, dict):
-        raise UserError(
-            f'{where} is {document!r}. A member looks like {{"prompt": "prompt", "weight": 1.0}}.'
-        )
+        raise UserError(f'{where} is {document!r}. A member looks like {{"prompt": "prompt", "weight": 1.0}}.')
     prompt = _get(document, "prompt", str, where)
     choose(f"prompt of {where}", prompt, ("prompt", "negative"))
     return Member(cast(Any, prompt), _number(document.get("weight"), f"{where}.weight"))

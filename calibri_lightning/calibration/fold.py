@@ -38,8 +38,7 @@ def fold(transformer: nn.Module, sites: Sequence[Site], scales: Tensor) -> None:
     targets = [(_target(transformer, site), site.fold) for site in sites]
     if len({(site.block, site.fold) for site in sites}) != len(sites):
         raise UserError(
-            "Two of the sites fold into the same weights, which would multiply twice. Keep the hooks for "
-            "these."
+            "Two of the sites fold into the same weights, which would multiply twice. Keep the hooks for these."
         )
     for (module, recipe), scale in zip(targets, scales.tolist(), strict=True):
         n, index = (recipe.n, recipe.index) if isinstance(recipe, RowChunk) else (1, 0)

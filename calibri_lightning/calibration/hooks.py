@@ -50,9 +50,7 @@ def install(module: nn.Module, hooks: tuple[Hook, ...]) -> RemovableHandle:
 def _scale(gate: Tensor, rows: Tensor, column: int) -> Tensor:
     """Multiplies each row of `gate` [B, ...] by its scale, in float32 or better, and rounds once."""
     if rows.shape[0] != gate.shape[0]:
-        raise ValueError(
-            f"scales were set for a batch of {rows.shape[0]} rows, but the forward has {gate.shape[0]}"
-        )
+        raise ValueError(f"scales were set for a batch of {rows.shape[0]} rows, but the forward has {gate.shape[0]}")
     factor = rows[:, column].to(gate.device).view(-1, *[1] * (gate.ndim - 1))
     return (gate * factor).to(gate.dtype)
 

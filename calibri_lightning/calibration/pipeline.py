@@ -57,8 +57,7 @@ def load_calibration(pipe: Pipeline, path: str | Path) -> Pipeline:
         )
     if hasattr(pipe, _LOADED):
         raise UserError(
-            "This pipeline has a calibration already. One acts at a time: call unload_calibration(pipe) "
-            "first."
+            "This pipeline has a calibration already. One acts at a time: call unload_calibration(pipe) first."
         )
     file = read_calibration(path)
     layout = layout_for(file, pipe.transformer)
@@ -154,8 +153,7 @@ class _Loaded:
         repeats = 1 if self.layout.is_cfg else len(self.layout.members)
         if repeats > 1:
             kwargs = {
-                k: v.repeat_interleave(repeats, 0) if k in _BATCHED and v is not None else v
-                for k, v in kwargs.items()
+                k: v.repeat_interleave(repeats, 0) if k in _BATCHED and v is not None else v for k, v in kwargs.items()
             }
         self._set_rows(kwargs["hidden_states"])
         return args, kwargs
@@ -224,7 +222,6 @@ def _loaded(pipe: StableDiffusion3Pipeline, caller: str) -> _Loaded:
     loaded = getattr(pipe, _LOADED, None)
     if not isinstance(loaded, _Loaded):
         raise UserError(
-            f"{caller} was called on a pipeline without a calibration. Call load_calibration(pipe, path) "
-            "first."
+            f"{caller} was called on a pipeline without a calibration. Call load_calibration(pipe, path) first."
         )
     return loaded

@@ -68,8 +68,7 @@ class Layout:
         choose("weight_mode", self.weight_mode, ("fixed", "raw", "guidance"))
         if not self.sites:
             raise UserError(
-                "There is no site to scale. A layout needs at least one; take them from "
-                "find_sites(transformer)."
+                "There is no site to scale. A layout needs at least one; take them from find_sites(transformer)."
             )
         if not self.members:
             raise UserError("A calibration has no member. The rule is at least one; use members: single.")
@@ -233,16 +232,12 @@ def build_layout(
         chosen: tuple[Member, ...] = (Member("prompt", 1.0),)
     elif members == "cfg":
         if not np.isfinite(guidance_scale):
-            raise UserError(
-                f"guidance_scale is {guidance_scale}. It must be a finite number, for instance 4.5."
-            )
+            raise UserError(f"guidance_scale is {guidance_scale}. It must be a finite number, for instance 4.5.")
         chosen = (Member("prompt", float(guidance_scale)), Member("negative", 1.0 - float(guidance_scale)))
     elif isinstance(members, int) and not isinstance(members, bool) and members >= 1:
         chosen = tuple(Member("prompt", float(m == 0)) for m in range(members))
     else:
-        raise UserError(
-            f"members is {members!r}. It must be 'single', 'cfg' or a number of members from 1 up."
-        )
+        raise UserError(f"members is {members!r}. It must be 'single', 'cfg' or a number of members from 1 up.")
     layout = Layout(tuple(sites), granularity, chosen, weight_mode)
     layout.check_start()
     return layout

@@ -120,16 +120,14 @@ BLOCKS: dict[str, RowFunction] = {}
 """The table: block class name to the function that lists its rows. Filled by `register`."""
 
 # Hung off a transformer by IP-adapters, in lists of their own; no residual branches of the model.
-_NOT_BLOCKS = frozenset(
-    {"IPAdapterTimeImageProjectionBlock", "IPAdapterTimeImageProjection", "ImageProjection"}
-)
+_NOT_BLOCKS = frozenset({"IPAdapterTimeImageProjectionBlock", "IPAdapterTimeImageProjection", "ImageProjection"})
 
 
 def register(*class_names: str) -> Callable[[RowFunction], RowFunction]:
     """Adds a function to the table.
 
     Args:
-        class_names: Names of the block classes whose rows the function lists.
+        *class_names: Names of the block classes whose rows the function lists.
 
     Returns:
         A decorator that leaves the function unchanged.

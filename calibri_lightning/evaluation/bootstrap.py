@@ -151,9 +151,7 @@ def paired_interval(
     a, b = _pair(first, second)
     both = np.isfinite(a) & np.isfinite(b)
     difference = np.where(both, np.where(both, a, 0.0) - np.where(both, b, 0.0), np.nan)
-    return mean_interval(
-        difference, clusters, level=level, num_resamples=num_resamples, seed=seed, method=method
-    )
+    return mean_interval(difference, clusters, level=level, num_resamples=num_resamples, seed=seed, method=method)
 
 
 def win_rate(first: ArrayLike, second: ArrayLike, tolerance: float = 0.0) -> WinRate:
@@ -181,9 +179,7 @@ def win_rate(first: ArrayLike, second: ArrayLike, tolerance: float = 0.0) -> Win
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[FloatArray, FloatArray]:
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
-        raise ValueError(
-            f"shapes {a.shape} and {b.shape} differ; pairs need the same prompts and noises in both"
-        )
+        raise ValueError(f"shapes {a.shape} and {b.shape} differ; pairs need the same prompts and noises in both")
     return a, b
 
 
@@ -193,9 +189,7 @@ def _cluster(
     """Sums and numbers of the finite rewards of each prompt; prompts without any are left out."""
     labels = np.arange(len(rewards)) if clusters is None else np.asarray(clusters)
     if labels.shape != rewards.shape:
-        raise ValueError(
-            f"clusters has shape {labels.shape}, values {rewards.shape}; give one prompt index a value"
-        )
+        raise ValueError(f"clusters has shape {labels.shape}, values {rewards.shape}; give one prompt index a value")
     _, index = np.unique(labels[finite], return_inverse=True)
     sums = np.bincount(index, weights=rewards[finite]).astype(np.float64)
     return sums, np.bincount(index).astype(np.float64)
@@ -216,9 +210,7 @@ def _resampled_means(sums: FloatArray, sizes: FloatArray, num_resamples: int, se
     return means
 
 
-def _bca_tails(
-    tails: FloatArray, means: FloatArray, mean: float, sums: FloatArray, sizes: FloatArray
-) -> FloatArray:
+def _bca_tails(tails: FloatArray, means: FloatArray, mean: float, sums: FloatArray, sizes: FloatArray) -> FloatArray:
     """The percentiles that BCa reads instead of `tails` (Efron 1987, bias z0 and acceleration a)."""
     # Half of the ties count as below: with 0/1 rewards many resamples equal the mean, up to rounding.
     slack = 1e-9 * float(np.ptp(means))

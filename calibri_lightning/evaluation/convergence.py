@@ -71,9 +71,7 @@ def plot_convergence(path: str | Path, run: Convergence, title: str = "Convergen
         raise ValueError(f"{counts} values of images, train and sigma; give one of each a generation")
     checks = [np.size(run.validation_images), np.size(run.validation)]
     if len(set(checks)) > 1:
-        raise ValueError(
-            f"{checks} values of validation_images and validation; give one of each a validation"
-        )
+        raise ValueError(f"{checks} values of validation_images and validation; give one of each a validation")
     width, height = 7.2, 4.6
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
     heading(figure, title, f"mean {run.reward_name} over images generated and scored", width, height)
@@ -95,17 +93,13 @@ def plot_convergence(path: str | Path, run: Convergence, title: str = "Convergen
     save(figure, path)
 
 
-def _draw_reward(
-    axes: Axes, run: Convergence, images: NDArray[np.float64], train: NDArray[np.float64]
-) -> None:
+def _draw_reward(axes: Axes, run: Convergence, images: NDArray[np.float64], train: NDArray[np.float64]) -> None:
     """Training as faint points with their running mean, validation on top; names at the ends of the lines."""
     ends = []
     finite = np.isfinite(train)
     if finite.any():
         smooth = _running_mean(train[finite])
-        axes.plot(
-            images[finite], train[finite], ".", color=BLUE, alpha=0.4, markersize=4.5, markeredgewidth=0
-        )
+        axes.plot(images[finite], train[finite], ".", color=BLUE, alpha=0.4, markersize=4.5, markeredgewidth=0)
         axes.plot(images[finite], smooth, color=BLUE, linewidth=1.4)
         ends.append((float(smooth[-1]), "training\n(other prompts)", BLUE))
     known = np.isfinite(np.asarray(run.validation, dtype=np.float64))
@@ -124,9 +118,7 @@ def _draw_reward(
     axes.autoscale_view()
     low, high = axes.get_ylim()
     for y, name, colour in _apart(ends, 0.085 * (high - low)):
-        axes.text(
-            1.015, (y - low) / (high - low), name, transform=axes.transAxes, size=8, color=colour, va="center"
-        )
+        axes.text(1.015, (y - low) / (high - low), name, transform=axes.transAxes, size=8, color=colour, va="center")
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -76,9 +76,7 @@ def from_json(text: str) -> Summary:
         document = json.loads(text)
         version = document["format_version"]
         if version != FORMAT_VERSION:
-            raise UserError(
-                f"summary has format_version {version!r}; the rule is {FORMAT_VERSION}; run `test` again"
-            )
+            raise UserError(f"summary has format_version {version!r}; the rule is {FORMAT_VERSION}; run `test` again")
         conditions = [
             Condition(
                 c["name"],
@@ -95,9 +93,7 @@ def from_json(text: str) -> Summary:
         budget, clusters, level = Budget(**document["budget"]), document["clusters"], document["level"]
         return summarise(conditions, document["reward"], budget, document["calibration"], clusters, level)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"not a summary.json ({error!r}); give the file that `fit` or `test` wrote"
-        ) from error
+        raise UserError(f"not a summary.json ({error!r}); give the file that `fit` or `test` wrote") from error
 
 
 def write_summary(path: str | Path, summary: Summary) -> None:

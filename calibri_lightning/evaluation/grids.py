@@ -93,9 +93,7 @@ def draw_grid(
 
     pictures = [_pictures(panel, len(captions), side, upscale) for panel in panels]
     if not captions or not pictures:
-        raise ValueError(
-            f"{len(panels)} panels and {len(captions)} captions; a grid needs at least one of each"
-        )
+        raise ValueError(f"{len(panels)} panels and {len(captions)} captions; a grid needs at least one of each")
     layout = _Layout.of(panels, captions, pictures[0][0].size, min(columns, len(captions)), title)
     canvas = Image.new("RGB", layout.size, _PAPER)
     pen = ImageDraw.Draw(canvas)
@@ -161,9 +159,7 @@ def _draw_prompt(
         if panels[i].scores is not None:
             won = score == best and scores.count(best) < len([s for s in scores if not math.isnan(s)])
             text = "n/a" if math.isnan(score) else f"{score:.2f}"
-            pen.text(
-                (x, top + layout.cell[1] + 4), text, fill=_BETTER if won else _FAINT, font=_font(13, bold=won)
-            )
+            pen.text((x, top + layout.cell[1] + 4), text, fill=_BETTER if won else _FAINT, font=_font(13, bold=won))
     below = top + layout.cell[1] + 6 + (13 + _LINE_GAP + 4 if marked else 0)
     _write(pen, layout.lines[index], left, below, 13, _INK)
 
@@ -182,9 +178,7 @@ def _pictures(panel: Panel, count: int, side: int, upscale: Upscale) -> list[Ima
     pixels = to_uint8(panel.images)
     scores = count if panel.scores is None else len(panel.scores)
     if len(pixels) != count or scores != count:
-        raise ValueError(
-            f"panel {panel.title!r} has {len(pixels)} images and {scores} scores for {count} captions"
-        )
+        raise ValueError(f"panel {panel.title!r} has {len(pixels)} images and {scores} scores for {count} captions")
     height, width = pixels.shape[1:3]
     factor = side / max(height, width)
     size = (max(round(width * factor), 1), max(round(height * factor), 1))

@@ -43,9 +43,7 @@ def plot_scales(
     """
     grids = scale_grids(names, values)
     if not grids:
-        raise ValueError(
-            f"none of the {len(names)} names is a scale such as 'member0/transformer_blocks.0.attn.image'"
-        )
+        raise ValueError(f"none of the {len(names)} names is a scale such as 'member0/transformer_blocks.0.attn.image'")
     pieces = [(i, band) for i, grid in enumerate(grids) for band in bands(grid, _MAX_COLUMNS)]
     extent = max(0.1, *(float(np.nanmax(np.abs(grid.values - 1))) for grid in grids))
     labels = {i: members[i] if i < len(members) else grid.member for i, grid in enumerate(grids)}
@@ -81,9 +79,7 @@ def _scale_canvas(pieces: Sequence[ScaleGrid], title: str, subtitle: str) -> tup
         box = (left / width, y / height, cell_width * len(piece.columns) / width, tall / height)
         all_axes.append(figure.add_axes(box))
     tall = min(heights[0], 1.8)
-    bar = figure.add_axes(
-        ((widest + 0.2) / width, (height - top - tall) / height, 0.1 / width, tall / height)
-    )
+    bar = figure.add_axes(((widest + 0.2) / width, (height - top - tall) / height, 0.1 / width, tall / height))
     return figure, all_axes, bar
 
 
@@ -109,9 +105,7 @@ def _draw_band(axes: Axes, band: ScaleGrid, extent: float, colours: Colormap, na
         ink = PAPER if abs(value - 1) > 0.62 * extent else INK  # on the dark ends white reads better
         axes.text(column + 0.5, row + 0.52, f"{value:.2f}", size=6.8, color=ink, ha="center", va="center")
     kind, _, _ = band.columns[0].rpartition(".")
-    axes.set_xticks(
-        np.arange(num_columns) + 0.5, [block.rpartition(".")[2] for block in band.columns], size=7.5
-    )
+    axes.set_xticks(np.arange(num_columns) + 0.5, [block.rpartition(".")[2] for block in band.columns], size=7.5)
     axes.set_yticks(np.arange(num_rows) + 0.5, band.rows, size=8)
     axes.set_xlabel(kind.replace("_", " "), size=7.5, color=FAINT, loc="left", labelpad=2)
     axes.set_title(name, size=9, color=INK, loc="left", pad=5)

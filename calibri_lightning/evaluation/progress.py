@@ -80,11 +80,7 @@ def format_duration(seconds: float) -> str:
 
 def _line(stats: GenerationStats, dropped: Sequence[str], ascii_only: bool) -> str:
     total = "" if stats.total is None else f"/{stats.total}"
-    rate = (
-        f"{stats.images_per_second:.3g}"
-        if stats.images_per_second < 100
-        else f"{stats.images_per_second:,.0f}"
-    )
+    rate = f"{stats.images_per_second:.3g}" if stats.images_per_second < 100 else f"{stats.images_per_second:,.0f}"
     best = "" if "best" in dropped else f" best {_score(stats.best)}"
     parts = {
         "generation": f"generation {stats.generation:>{max(len(total) - 1, 0)}}{total}",

@@ -68,9 +68,7 @@ def _split(path: str) -> tuple[str, str]:
     return (block, " ".join(tail) or "block") if re.search(r"\.\d+$", block) else ("", path)
 
 
-def _grid(
-    member: str, cells: dict[tuple[str, str], float], others: tuple[tuple[str, float], ...]
-) -> ScaleGrid:
+def _grid(member: str, cells: dict[tuple[str, str], float], others: tuple[tuple[str, float], ...]) -> ScaleGrid:
     rows = tuple(sorted({row for row, _ in cells}, key=_row_order))
     columns = tuple(dict.fromkeys(block for _, block in cells))
     values = np.full((len(rows), len(columns)), np.nan)

@@ -142,9 +142,7 @@ def summarise(
     """
     _check(conditions, reward)
     members = None if clusters is None else tuple(int(c) for c in clusters)
-    means = tuple(
-        {name: mean_interval(r, members, level=level) for name, r in c.rewards.items()} for c in conditions
-    )
+    means = tuple({name: mean_interval(r, members, level=level) for name, r in c.rewards.items()} for c in conditions)
     comparisons = tuple(
         Comparison(
             calibrated.name,
@@ -180,9 +178,7 @@ def _check(conditions: Sequence[Condition], reward: str) -> None:
         )
     if not conditions or any(reward not in c.rewards for c in conditions):
         known = sorted({name for c in conditions for name in c.rewards})
-        raise UserError(
-            f"reward is {reward!r}, but not every condition was scored with it; choose one of {known}"
-        )
+        raise UserError(f"reward is {reward!r}, but not every condition was scored with it; choose one of {known}")
     shapes = [{name: r.shape for name, r in c.rewards.items()} for c in conditions]
     if any(shape != shapes[0] for shape in shapes):
         raise UserError(

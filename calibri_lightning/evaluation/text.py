@@ -50,7 +50,7 @@ def verdict(summary: Summary) -> str:
     """
     return (
         " ".join(_sentences(summary))
-        or f"Nothing to compare: {summary.reward} lacks a base or a calibrated condition."
+        or f"Nothing to compare: only {' and '.join(c.name for c in summary.conditions)} were scored."
     )
 
 
@@ -63,9 +63,7 @@ def _sentences(summary: Summary) -> list[str]:
 def _sentence(comparison: Comparison, calibrated: Condition, base: Condition, level: float) -> str:
     difference = comparison.difference
     if math.isnan(difference.low):
-        return (
-            f"Too few prompts ({difference.count}) to compare {comparison.calibrated} with {comparison.base}."
-        )
+        return f"Too few prompts ({difference.count}) to compare {comparison.calibrated} with {comparison.base}."
     verb = "shows no clear difference from"
     if difference.excludes(0.0):
         verb = "beats" if difference.mean > 0 else "is worse than"
@@ -106,9 +104,7 @@ def render_table(summary: Summary, width: int = 100) -> str:
         top, middle = lines[: 1 + len(means)], lines[1 + len(means) :]
         blocks += [head[0], *top[:1], rule, *top[1:], *(["", head[1], rule, *middle] if middle else []), ""]
     footnote = ["* the interval excludes 0; win / tie / loss are shares of pairs", ""] if differences else []
-    sentences = [
-        line for s in (_sentences(summary) or [verdict(summary)]) for line in textwrap.wrap(s, width)
-    ]
+    sentences = [line for s in (_sentences(summary) or [verdict(summary)]) for line in textwrap.wrap(s, width)]
     return "\n".join(line.rstrip() for line in (*blocks, *footnote, *sentences, *_closing(summary)))
 
 
@@ -179,11 +175,7 @@ def _closing(summary: Summary) -> list[str]:
     budget = summary.budget
     dropped = max(i.dropped for means in summary.means for i in means.values())
     return [
-        *(
-            [f"Up to {dropped} pictures of a condition had no finite reward and are left out."]
-            if dropped
-            else []
-        ),
+        *([f"Up to {dropped} pictures of a condition had no finite reward and are left out."] if dropped else []),
         "",
         f"Calibration cost: {budget.images:,} images, {budget.forwards:,} forwards, "
         f"{budget.device_seconds:,.0f} device-seconds.",

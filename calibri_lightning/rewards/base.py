@@ -119,9 +119,7 @@ def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -
 
 
 def _check(reward: str, name: str, scores: object, images: Tensor) -> Tensor:
-    rule = (
-        f"the rule is a real torch tensor of shape [{len(images)}], one number a picture. Correct the reward."
-    )
+    rule = f"the rule is a real torch tensor of shape [{len(images)}], one number a picture. Correct the reward."
     if not isinstance(scores, Tensor):
         raise UserError(f"The reward {reward!r} returned a {type(scores).__name__} for {name!r}; {rule}")
     if scores.shape != (len(images),) or scores.is_complex():

@@ -55,7 +55,7 @@ class RewardSet:
         """Joins rewards that exist already.
 
         Args:
-            weighted: Pairs (reward, weight).
+            *weighted: Pairs (reward, weight).
 
         Returns:
             The set.
@@ -71,8 +71,7 @@ class RewardSet:
         for reward, weight in weighted:
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise UserError(
-                    f"The weight of the reward {reward.name!r} is {weight!r}; it must be a finite number, "
-                    "such as 1.0."
+                    f"The weight of the reward {reward.name!r} is {weight!r}; it must be a finite number, such as 1.0."
                 )
         if not any(weight for _, weight in weighted):
             raise UserError(
@@ -84,8 +83,7 @@ class RewardSet:
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
             raise UserError(
-                f"The name {repeated[0]!r} is reported by two rewards; names must differ. Remove or rename "
-                "one."
+                f"The name {repeated[0]!r} is reported by two rewards; names must differ. Remove or rename one."
             )
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -124,15 +124,11 @@ class Evaluator:
         if world_size > 1:
             assert gather is not None, "more than one rank needs a gather"
             owners = {cell: i % world_size for i, index in enumerate(todo) for cell in units[index]}
-            grid = Grid.merge(
-                [Grid.unpack(part, self.rewards.names, shape) for part in gather(grid.pack())], owners
-            )
+            grid = Grid.merge([Grid.unpack(part, self.rewards.names, shape) for part in gather(grid.pack())], owners)
         if failure is not None:
             raise failure
         if grid.failed:
-            raise UserError(
-                "Scoring failed on another rank, whose own message says why. Fix that and run again."
-            )
+            raise UserError("Scoring failed on another rank, whose own message says why. Fix that and run again.")
         fresh = [cell for index in todo for cell in units[index]]
         for cell in fresh:
             rewards[cell] = grid.values[0][cell]

@@ -31,9 +31,7 @@ def flow_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, num_
         UserError: If num_steps is below 1.
     """
     if num_steps < 1:
-        raise UserError(
-            f"num_steps is {num_steps}; a sampler takes at least one step. Set num_steps to 1 or more."
-        )
+        raise UserError(f"num_steps is {num_steps}; a sampler takes at least one step. Set num_steps to 1 or more.")
     own = copy.deepcopy(scheduler)
     mu = dynamic_shift(scheduler, num_image_tokens) if scheduler.config.use_dynamic_shifting else None
     own.set_timesteps(num_steps, device="cpu", mu=mu)

@@ -49,9 +49,7 @@ class Budget:
         UserError: If nothing ends the search or not one generation fits.
     """
 
-    def __init__(
-        self, rules: StopRules, max_steps: int, num_cells: int, has_other_rule: bool = False
-    ) -> None:
+    def __init__(self, rules: StopRules, max_steps: int, num_cells: int, has_other_rule: bool = False) -> None:
         self.rules, self.num_cells = rules, num_cells
         self.elapsed = 0.0
         self._since: float | None = None

@@ -112,9 +112,7 @@ class CMACore(SearchCore):
     @property
     def mean(self) -> Floats:
         """The current mean, float64 [n], within the bounds."""
-        return np.array(
-            self.es.gp.pheno(self.es.mean, into_bounds=self.es.boundary_handler.repair), dtype=np.float64
-        )
+        return np.array(self.es.gp.pheno(self.es.mean, into_bounds=self.es.boundary_handler.repair), dtype=np.float64)
 
     @property
     def sigma(self) -> float:

@@ -134,9 +134,7 @@ class CMAES(EvolutionStrategy):
         """
         layout = module.layout
         stds = np.ones(len(layout.names)) if self.preset == "official" else layout.stds
-        return search_space(
-            layout.names, module.start_theta, layout.lower, layout.upper, stds, self.weight_std
-        )
+        return search_space(layout.names, module.start_theta, layout.lower, layout.upper, stds, self.weight_std)
 
     def build_core(self, space: SearchSpace, seed: int, settings: Settings) -> CMACore:
         """Makes the core.

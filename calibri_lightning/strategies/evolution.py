@@ -149,9 +149,7 @@ class EvolutionStrategy(Strategy, SearchPlan):
     def validation_thetas(self, module: CalibratedModule) -> Mapping[str, Floats]:
         """Vectors worth a score on the validation set."""
         if module.trainer.state.fn != TrainerFn.FITTING:
-            return {"start": module.start_theta} | (
-                {"best": self.best.theta} if self.best is not None else {}
-            )
+            return {"start": module.start_theta} | ({"best": self.best.theta} if self.best is not None else {})
         self._prepare(module)
         assert self._status is not None
         self._validating = self._selection.thetas(
@@ -190,18 +188,14 @@ class EvolutionStrategy(Strategy, SearchPlan):
         if self._rewards is None or self._generation is None:
             return self._history
         generation = self._generation
-        return self._history.extended(
-            digest_candidates(generation.thetas), generation.progress, self._rewards
-        )
+        return self._history.extended(digest_candidates(generation.thetas), generation.progress, self._rewards)
 
     def _prepare(self, module: CalibratedModule) -> None:
         if self._status is not None:
             return
         space, loaded, trainer = self.space(module), self._loaded, module.trainer
         earlier = History.load(loaded["history"]) if loaded is not None else None
-        self._budget = Budget(
-            self.stop, trainer.max_steps, self.num_cells(space.num_parameters), self.has_other_rule
-        )
+        self._budget = Budget(self.stop, trainer.max_steps, self.num_cells(space.num_parameters), self.has_other_rule)
         if loaded is not None:
             self._budget.elapsed = float(loaded["elapsed"])
         settings: Settings = {

@@ -75,10 +75,7 @@ class History:
         """
         sigmas = []
         for generation, rewards in enumerate(self.rewards):
-            if (
-                digest_candidates(core.ask(generation, self.progress[generation]))
-                != self.candidates[generation]
-            ):
+            if digest_candidates(core.ask(generation, self.progress[generation])) != self.candidates[generation]:
                 recorded, here = self.settings["numerics"], numerics()
                 raise UserError(
                     f"Generation {generation} of the checkpoint cannot be replayed: its candidates differ. "

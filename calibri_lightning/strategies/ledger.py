@@ -82,9 +82,7 @@ class Ledger:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self._mine():
                 if path.exists() and path.stat().st_size:
-                    number = next(
-                        n for n in range(1, 10**6) if not path.with_name(f"{path.name}.{n}").exists()
-                    )
+                    number = next(n for n in range(1, 10**6) if not path.with_name(f"{path.name}.{n}").exists())
                     path.rename(path.with_name(f"{path.name}.{number}"))
                 path.touch()
         except OSError as error:

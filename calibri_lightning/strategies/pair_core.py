@@ -115,12 +115,8 @@ class PairCore(SearchCore):
         self._first = beta1 * self._first + (1 - beta1) * gradient
         self._second = beta2 * self._second + (1 - beta2) * gradient**2
         count = len(self._means) + 1
-        direction = (self._first / (1 - beta1**count)) / (
-            np.sqrt(self._second / (1 - beta2**count)) + _EPSILON
-        )
-        self._mean = np.clip(
-            self._mean + lr * self.space.stds * direction, self.space.lower, self.space.upper
-        )
+        direction = (self._first / (1 - beta1**count)) / (np.sqrt(self._second / (1 - beta2**count)) + _EPSILON)
+        self._mean = np.clip(self._mean + lr * self.space.stds * direction, self.space.lower, self.space.upper)
         self._means.append(self.mean)
 
     def _gradient(self, rewards: Floats, z: Floats) -> Floats:

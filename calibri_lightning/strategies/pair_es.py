@@ -110,9 +110,7 @@ class PairES(EvolutionStrategy):
             Start, bounds and relative step sizes.
         """
         layout = module.layout
-        return search_space(
-            layout.names, module.start_theta, layout.lower, layout.upper, layout.stds, self.weight_std
-        )
+        return search_space(layout.names, module.start_theta, layout.lower, layout.upper, layout.stds, self.weight_std)
 
     def build_core(self, space: SearchSpace, seed: int, settings: Settings) -> PairCore:
         """Makes the core.

@@ -30,7 +30,6 @@ class ProgressLine(Callback):
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Print nothing yet."""
         self.seconds_between_lines = seconds_between_lines
         self._stream = stream
         self._clock = clock
@@ -39,9 +38,7 @@ class ProgressLine(Callback):
         self._printed_at: float | None = None
         self._open_characters = 0  # length of an updating line that has no newline yet
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the generation before, for strategies that tell after `on_train_batch_end` reached us."""
         self._update(trainer, pl_module)
 

@@ -58,9 +58,7 @@ class SearchSpace:
                 "and not empty. Give one value of each for every parameter."
             )
         # A comparison with NaN is false, so that a NaN anywhere is caught here as well.
-        outside = np.flatnonzero(
-            ~((self.lower <= self.start) & (self.start <= self.upper) & (self.lower < self.upper))
-        )
+        outside = np.flatnonzero(~((self.lower <= self.start) & (self.start <= self.upper) & (self.lower < self.upper)))
         if outside.size:
             i = int(outside[0])
             raise UserError(
@@ -214,9 +212,7 @@ class SearchCore(ABC):
         evaluated = int((~np.isnan(rewards)).any(axis=0).sum())
         usable = int(usable_slots(rewards).sum())
         if usable < LEAST_USABLE * evaluated:
-            return (
-                f"only {usable} of {evaluated} prompts have a finite reward ({LEAST_USABLE:.0%} are needed)"
-            )
+            return f"only {usable} of {evaluated} prompts have a finite reward ({LEAST_USABLE:.0%} are needed)"
         if not self.next_cells(rewards).any() and self.is_flat(rewards):
             return "the rewards do not tell the candidates apart: all that are finite are equal"
         return None

@@ -1,7 +1,9 @@
-"""Compares search strategies on the embedded model at one budget of images: python docs/reproduce/compare_strategies.py
+"""Compares search strategies on the embedded model at one budget of images.
 
-Each run is an ordinary `fit` of configs/quickstart.yaml in a process of its own with one thread; finished runs are kept,
-so an interrupted comparison goes on where it stopped. Writes RUNS/strategies.csv and RUNS/strategies.png.
+    python docs/reproduce/compare_strategies.py --images 3072 --out runs/compare
+
+Each run is an ordinary `fit` of configs/quickstart.yaml in a process of its own with one thread; finished runs are
+kept, so an interrupted comparison goes on where it stopped. Writes OUT/strategies.csv and OUT/strategies.png.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Setting:
 
 SETTINGS = {
     "official": Setting("official CMA-ES", ("CMAES", "--model.strategy.preset=official"), 256),
-    "r1": Setting("R1: small steps, annealed", ("CMAES", "--model.strategy.popsize=16", "--model.strategy.halving=[16]"), 256),
+    "r1": Setting(
+        "R1: small steps, annealed", ("CMAES", "--model.strategy.popsize=16", "--model.strategy.halving=[16]"), 256
+    ),
     "r2": Setting("R2: R1 and halving (CMAES default)", ("CMAES",), 256),
     "p2": Setting("P2: antithetic pairs (PairES)", ("PairES",), 128),
 }
@@ -84,9 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     tasks = [(key, seed) for seed in options.seeds for key in options.settings]
     with ThreadPoolExecutor(options.jobs) as pool:
-        folders = list(
-            pool.map(lambda t: run(*t, options.images, options.points, options.out, options.extra), tasks)
-        )
+        folders = list(pool.map(lambda t: run(*t, options.images, options.points, options.out, options.extra), tasks))
     table, curves = [], {}
     for (key, seed), folder in zip(tasks, folders, strict=True):
         images, rewards, gains = read(folder, SETTINGS[key].images_per_generation)
@@ -101,7 +103,8 @@ def main() -> None:
             gains = np.array([float(row[3]) for row in table if row[0] == key and row[2] == reward])
             sure = sum(float(row[4]) > 0 for row in table if row[0] == key and row[2] == reward)
             error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
-            print(f"{key:<9} {reward:<14} gain {gains.mean():+.4f} +- {error:.4f} s.e., {sure}/{len(gains)} sure: {gains}")
+            spread = f"{gains.mean():+.4f} +- {error:.4f} s.e."
+            print(f"{key:<9} {reward:<14} gain {spread}, {sure}/{len(gains)} sure: {gains}")
     draw(curves, options.settings, options.out / "strategies.png")
 
 

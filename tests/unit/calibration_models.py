@@ -9,9 +9,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 
-def tiny_sd3(
-    num_layers: int = 3, dual: tuple[int, ...] = (0,), dtype: torch.dtype = torch.float32
-) -> nn.Module:
+def tiny_sd3(num_layers: int = 3, dual: tuple[int, ...] = (0,), dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SD3Transformer2DModel(
@@ -82,10 +80,7 @@ def run(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
 
 def row(arguments: dict[str, Any], index: int) -> dict[str, Any]:
     shared = ("img_ids", "txt_ids")
-    return {
-        k: v[index : index + 1] if isinstance(v, Tensor) and k not in shared else v
-        for k, v in arguments.items()
-    }
+    return {k: v[index : index + 1] if isinstance(v, Tensor) and k not in shared else v for k, v in arguments.items()}
 
 
 def random_scales(batch: int, num_sites: int, dtype: torch.dtype = torch.float32) -> Tensor:

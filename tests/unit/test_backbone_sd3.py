@@ -53,9 +53,7 @@ def native_latents(
     try:
         rows = layout.rows(torch.from_numpy(layout.start.copy())[None].expand(len(noise), -1))
         positive, negative = backbone.encode(prompts), backbone.encode(negatives)
-        return sample(
-            backbone, attachment, rows, layout.members, positive, negative, noise, num_steps
-        ).latents
+        return sample(backbone, attachment, rows, layout.members, positive, negative, noise, num_steps).latents
     finally:
         attachment.detach()
 
@@ -177,9 +175,7 @@ def test_guide_is_classifier_free_guidance(backbone: SD3) -> None:
     conditional, unconditional = torch.randn(2, 5, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([[4.5, -3.5]]).expand(5, 2)
     guided = backbone.guide(torch.stack([conditional, unconditional], dim=1), weights)
-    torch.testing.assert_close(
-        guided, unconditional + 4.5 * (conditional - unconditional), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(guided, unconditional + 4.5 * (conditional - unconditional), rtol=1e-5, atol=1e-5)
 
 
 def test_decode_in_parts_equals_decode_at_once(backbone: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,9 +281,7 @@ def test_an_unreachable_hub_model_is_one_message(monkeypatch: pytest.MonkeyPatch
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "named"), [(12, 16, "height"), (16, 24, "width"), (0, 8, "height")]
-)
+@pytest.mark.parametrize(("height", "width", "named"), [(12, 16, "height"), (16, 24, "width"), (0, 8, "height")])
 def test_sizes_that_the_model_cannot_make_are_refused(height: int, width: int, named: str) -> None:
     with pytest.raises(UserError, match=f"{named} is .*multiples of 8, from 8 to 16 pixels"):
         SD3.of(stock_pipeline(), height=height, width=width)
@@ -338,9 +332,7 @@ def test_a_silent_t5_encoder_is_collapsed_and_equals_the_stock_call() -> None:
     backbone = SD3.of(copy.deepcopy(pipe))
     assert backbone.encode(["a red circle"]).tensors["prompt"].shape[1] == TINY.max_tokens + 1
     noise = backbone.noise([1])
-    stock = pipe(
-        "a red circle", latents=noise, guidance_scale=1.0, num_inference_steps=2, output_type="latent"
-    ).images
+    stock = pipe("a red circle", latents=noise, guidance_scale=1.0, num_inference_steps=2, output_type="latent").images
     layout = build_layout(find_sites(backbone.transformer), "gate", "single")
     native = native_latents(backbone, layout, noise, 2, ["a red circle"], [""])
     torch.testing.assert_close(native, stock, rtol=0, atol=2e-6)

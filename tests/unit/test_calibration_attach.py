@@ -142,19 +142,13 @@ def test_scales_are_no_state_that_ddp_or_a_cast_could_overwrite() -> None:
 def test_the_hooks_are_persistent_and_the_same_object_between_candidates() -> None:
     model = tiny_sd3()
     attachment = hooked(model)
-    hooks = {
-        name: dict(module._forward_hooks) for name, module in model.named_modules() if module._forward_hooks
-    }
+    hooks = {name: dict(module._forward_hooks) for name, module in model.named_modules() if module._forward_hooks}
     assert hooks
-    assert (
-        len({id(h) for held in hooks.values() for h in held.values()}) == 2
-    )  # with and without dual attention
+    assert len({id(h) for held in hooks.values() for h in held.values()}) == 2  # with and without dual attention
     for scale in (0.5, 2.0):
         with attachment.rows(torch.full((1, len(attachment.sites)), scale)):
             run(model, inputs(model, 1))
-    after = {
-        name: dict(module._forward_hooks) for name, module in model.named_modules() if module._forward_hooks
-    }
+    after = {name: dict(module._forward_hooks) for name, module in model.named_modules() if module._forward_hooks}
     assert after == hooks
 
 
@@ -358,9 +352,7 @@ def test_each_kind_of_hook_scales_its_tensor_and_no_other(by_name: bool) -> None
 
 
 def test_rows_that_hook_one_module_in_two_ways_are_refused() -> None:
-    sites = tuple(
-        Site("b", "mlp", "image", hook, None) for hook in (WholeOutput("branch"), Chunk("branch", 2, 0))
-    )
+    sites = tuple(Site("b", "mlp", "image", hook, None) for hook in (WholeOutput("branch"), Chunk("branch", 2, 0)))
     with pytest.raises(UserError, match="exclude each other"):
         attach(nn.ModuleDict({"b": Toy()}), sites)
 

@@ -25,9 +25,7 @@ MODEL = tiny_sd3()
 
 
 def example(members="cfg", granularity="gate", weight_mode="raw") -> CalibrationFile:
-    layout = build_layout(
-        find_sites(MODEL), granularity, members, guidance_scale=4.0, weight_mode=weight_mode
-    )
+    layout = build_layout(find_sites(MODEL), granularity, members, guidance_scale=4.0, weight_mode=weight_mode)
     return CalibrationFile(
         names=layout.names,
         values=tuple(1 / (3 + i) for i in range(layout.num_parameters)),
@@ -69,9 +67,7 @@ def test_the_fingerprint_knows_models_apart_and_ignores_a_lora() -> None:
     same = tiny_sd3()
     same.add_adapter(LoraConfig(r=2, target_modules=["to_q", "norm1.linear"]))
     assert fingerprint(same) == fingerprint(MODEL)
-    hashes = {
-        fingerprint(m).sites_hash for m in (MODEL, tiny_sd3(num_layers=4), tiny_sd3(dual=()), tiny_flux())
-    }
+    hashes = {fingerprint(m).sites_hash for m in (MODEL, tiny_sd3(num_layers=4), tiny_sd3(dual=()), tiny_flux())}
     assert len(hashes) == 4
 
 
@@ -170,9 +166,7 @@ def test_names_must_be_those_that_granularity_and_members_imply() -> None:
         replace(file, values=(*file.values[:-1], float("nan")))
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "calibration.json"
     write_calibration(path, example())
     before = path.read_bytes()

@@ -55,9 +55,7 @@ def stock(pipe: StableDiffusion3Pipeline, guidance: float, **arguments: object) 
 
 
 @torch.no_grad()
-def reference(
-    pipe: StableDiffusion3Pipeline, layout: Layout, theta: np.ndarray, guidance: float = 1.0
-) -> Tensor:
+def reference(pipe: StableDiffusion3Pipeline, layout: Layout, theta: np.ndarray, guidance: float = 1.0) -> Tensor:
     """An independent sampler: one pass a member with its own scales, weighted, Euler steps written out.
 
     Where `layout` has no negative member and guidance is above 1, each side of the guidance is such a sum.
@@ -108,9 +106,7 @@ def save(pipe: StableDiffusion3Pipeline, layout: Layout, theta: np.ndarray, path
 
 
 def layout_of(pipe: StableDiffusion3Pipeline, members, mode="raw", guidance: float = 4.0) -> Layout:
-    return build_layout(
-        find_sites(pipe.transformer), "gate", members, guidance_scale=guidance, weight_mode=mode
-    )  # type: ignore[arg-type]
+    return build_layout(find_sites(pipe.transformer), "gate", members, guidance_scale=guidance, weight_mode=mode)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["raw", "guidance", "fixed"])
@@ -144,9 +140,7 @@ def test_single_and_ensemble_equal_the_reference_with_and_without_guidance(
 @pytest.mark.parametrize(
     ("members", "mode"), [("cfg", "raw"), ("cfg", "guidance"), ("cfg", "fixed"), ("single", "raw")]
 )
-def test_untouched_values_give_bit_identical_pictures(
-    pipe, tmp_path: Path, dtype, guidance, members, mode
-) -> None:
+def test_untouched_values_give_bit_identical_pictures(pipe, tmp_path: Path, dtype, guidance, members, mode) -> None:
     pipe.to(dtype)
     plain = pipe(
         PROMPTS,
@@ -199,9 +193,7 @@ def test_fused_equals_hooked_and_survives_saving(pipe, tmp_path: Path, guidance:
     assert fuse(pipe) is pipe
     fused = stock(pipe, guidance)
     assert ((fused - hooked).norm() / hooked.norm()).item() < 1e-5
-    assert not any(
-        module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules()
-    )
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
     pipe.save_pretrained(tmp_path / "fused")
     loaded = StableDiffusion3Pipeline.from_pretrained(
         tmp_path / "fused", text_encoder_3=None, tokenizer_3=None, local_files_only=True
@@ -211,9 +203,7 @@ def test_fused_equals_hooked_and_survives_saving(pipe, tmp_path: Path, guidance:
 
 
 @pytest.mark.parametrize(("members", "kind"), [("cfg", "a guided pair"), (2, "an ensemble")])
-def test_several_members_cannot_be_fused_and_keep_their_hooks(
-    pipe, tmp_path: Path, members, kind: str
-) -> None:
+def test_several_members_cannot_be_fused_and_keep_their_hooks(pipe, tmp_path: Path, members, kind: str) -> None:
     layout = layout_of(pipe, members)
     load_calibration(pipe, save(pipe, layout, perturbed(layout), tmp_path))
     before = stock(pipe, 4.0)
@@ -228,9 +218,7 @@ def test_a_guided_calibration_refuses_calls_it_has_no_weights_for(pipe, tmp_path
     with pytest.raises(UserError, match=r"guidance_scale 1, which switches guidance off.*above 1"):
         stock(pipe, 1.0)
     with pytest.raises(UserError, match="skip_guidance_layers"):
-        stock(
-            pipe, 4.0, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0, skip_layer_guidance_start=0.0
-        )
+        stock(pipe, 4.0, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0, skip_layer_guidance_start=0.0)
 
 
 def refused(call: Callable[[], object], message: str) -> None:

@@ -16,9 +16,7 @@ def test_names_follow_the_granularity() -> None:
     layer = build_layout(SITES, "layer", "single", weight_mode="fixed")
     block = build_layout(SITES, "block", "single", weight_mode="fixed")
     assert gate.names == tuple(f"member0/{site.name}" for site in SITES)
-    assert layer.names[:3] == tuple(
-        f"member0/transformer_blocks.0.{layer}" for layer in ("attn", "mlp", "attn2")
-    )
+    assert layer.names[:3] == tuple(f"member0/transformer_blocks.0.{layer}" for layer in ("attn", "mlp", "attn2"))
     assert block.names == tuple(f"member0/transformer_blocks.{i}" for i in range(3))
 
 
@@ -58,13 +56,7 @@ def test_the_start_is_the_untouched_model(members, mode, weights: list[float]) -
     assert rows.weights[0].tolist() == weights
     assert (layout.lower <= layout.start).all()
     assert (layout.start <= layout.upper).all()
-    assert (
-        len(layout.start)
-        == len(layout.lower)
-        == len(layout.upper)
-        == len(layout.stds)
-        == layout.num_parameters
-    )
+    assert len(layout.start) == len(layout.lower) == len(layout.upper) == len(layout.stds) == layout.num_parameters
     assert layout.start.dtype == np.float64
 
 

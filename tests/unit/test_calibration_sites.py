@@ -45,9 +45,7 @@ def test_counts_of_the_released_models(build, counts: tuple[int, int, int], bill
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.03)
     sites = find_sites(model)
     granularities: tuple[Granularity, ...] = ("block", "layer", "gate")
-    found = tuple(
-        len(build_layout(sites, granularity, "single").scale_names) for granularity in granularities
-    )
+    found = tuple(len(build_layout(sites, granularity, "single").scale_names) for granularity in granularities)
     assert found == counts
     assert len(sites) == counts[2]
 

@@ -17,9 +17,7 @@ N = 6
 
 
 def make_space(n: int = N, start: float = 1.0, stds: Floats | None = None) -> SearchSpace:
-    return SearchSpace(
-        np.full(n, start), np.full(n, -1.0), np.full(n, 2.0), np.ones(n) if stds is None else stds
-    )
+    return SearchSpace(np.full(n, start), np.full(n, -1.0), np.full(n, 2.0), np.ones(n) if stds is None else stds)
 
 
 def make_core(space: SearchSpace | None = None, **changes: object) -> CMACore:
@@ -262,9 +260,7 @@ def test_global_random_state_is_untouched() -> None:
     np.testing.assert_array_equal(before[1], after[1])
 
 
-def test_no_files_are_written_and_the_signals_file_is_ignored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_files_are_written_and_the_signals_file_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cma_signals.in").write_text("{'timeout': 0, 'CMA_cmean': 0.001}")
     core = run(make_core(), 5)

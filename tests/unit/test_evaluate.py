@@ -26,9 +26,7 @@ from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
 K, STEPS = 4, 2
 TEXTS = ("a red circle", "two green squares", "a blue triangle", "a red circle", "four pink circles")
-PROMPTS = tuple(
-    Prompt(text, index, negative="" if index % 2 else "black") for index, text in enumerate(TEXTS)
-)
+PROMPTS = tuple(Prompt(text, index, negative="" if index % 2 else "black") for index, text in enumerate(TEXTS))
 SEEDS = tuple(noise_seed(0, 7, prompt.index, 0) for prompt in PROMPTS)
 S = len(PROMPTS)
 
@@ -106,9 +104,7 @@ def same_bits(one: Evaluation, other: Evaluation) -> bool:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_rewards_are_the_same_bits_on_any_number_of_ranks(
-    make: Callable[..., Evaluator], masked: bool
-) -> None:
+def test_rewards_are_the_same_bits_on_any_number_of_ranks(make: Callable[..., Evaluator], masked: bool) -> None:
     evaluator = make()
     points = thetas(evaluator.layout)
     cells = np.random.default_rng(3).random((K, S)) < 0.6 if masked else None
@@ -239,9 +235,7 @@ def test_a_reward_that_raises_stops_every_rank(make: Callable[..., Evaluator]) -
         evaluator.evaluate(points, PROMPTS, SEEDS, STEPS)
     results = run_ranks(
         3,
-        lambda rank, gather: evaluator.evaluate(
-            points, PROMPTS, SEEDS, STEPS, rank=rank, world_size=3, gather=gather
-        ),
+        lambda rank, gather: evaluator.evaluate(points, PROMPTS, SEEDS, STEPS, rank=rank, world_size=3, gather=gather),
     )
     assert isinstance(results[1], RewardError)
     for rank in (0, 2):
@@ -297,9 +291,7 @@ def test_out_of_memory_halves_what_is_sampled_at_once(
     monkeypatch.setattr(backbone, "velocity", velocity)
     units: list[UnitResult] = []
     result = evaluator.evaluate(points, PROMPTS, SEEDS, STEPS, done=units.append)
-    np.testing.assert_allclose(
-        result.per_reward["fingerprint"], expected.per_reward["fingerprint"], rtol=0, atol=2e-3
-    )
+    np.testing.assert_allclose(result.per_reward["fingerprint"], expected.per_reward["fingerprint"], rtol=0, atol=2e-3)
     assert max(sizes) <= limit
     assert [len(unit.cells) for unit in units] == [6, 6, 6, 2]  # the units stay what they were
     limit = 1

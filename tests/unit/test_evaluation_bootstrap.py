@@ -80,9 +80,7 @@ def test_paired_interval_is_narrower_than_the_difference_of_independent_means():
 def test_paired_interval_of_swapped_conditions_is_mirrored():
     first, second = np.random.default_rng(8).normal(size=(2, 50))
     forward, backward = paired_interval(first, second), paired_interval(second, first)
-    assert (forward.mean, forward.low, forward.high) == pytest.approx(
-        (-backward.mean, -backward.high, -backward.low)
-    )
+    assert (forward.mean, forward.low, forward.high) == pytest.approx((-backward.mean, -backward.high, -backward.low))
 
 
 def test_copies_of_a_prompt_add_no_certainty():
@@ -169,9 +167,7 @@ def test_win_rate_of_equal_normals_and_of_a_shift():
     rng = np.random.default_rng(14)
     base, calibrated = rng.normal(size=(2, 20_000))
     # P(N(1/2, 2) > 0) = Phi(0.5 / sqrt 2)
-    assert win_rate(calibrated + 0.5, base).rate == pytest.approx(
-        scipy.stats.norm.cdf(0.5 / np.sqrt(2)), abs=0.015
-    )
+    assert win_rate(calibrated + 0.5, base).rate == pytest.approx(scipy.stats.norm.cdf(0.5 / np.sqrt(2)), abs=0.015)
 
 
 @pytest.mark.parametrize(

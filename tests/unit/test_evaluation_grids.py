@@ -25,9 +25,7 @@ def boxes(image: Image.Image, colour) -> tuple[int, int, int, int]:
 
 
 def test_base_stands_left_of_calibrated_and_the_caption_below():
-    image = draw_grid(
-        [Panel("base", flat([RED])), Panel("calibrated", flat([BLUE]))], ["a red circle"], side=64
-    )
+    image = draw_grid([Panel("base", flat([RED])), Panel("calibrated", flat([BLUE]))], ["a red circle"], side=64)
     base, calibrated = boxes(image, RED), boxes(image, BLUE)
     assert base[2] < calibrated[0]
     assert (base[1], base[3]) == (calibrated[1], calibrated[3])

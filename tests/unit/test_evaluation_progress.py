@@ -29,12 +29,10 @@ STATS = GenerationStats(
 
 def test_line_exactly():
     assert format_progress(STATS) == (
-        "generation  12/200 · shapes mean 0.612 best 0.701 · σ 0.148"
-        " · 3,072 images · 83.4 images/s · ETA 2:31"
+        "generation  12/200 · shapes mean 0.612 best 0.701 · σ 0.148 · 3,072 images · 83.4 images/s · ETA 2:31"
     )
     assert format_progress(STATS, ascii_only=True) == (
-        "generation  12/200 | shapes mean 0.612 best 0.701 | sigma 0.148"
-        " | 3,072 images | 83.4 images/s | ETA 2:31"
+        "generation  12/200 | shapes mean 0.612 best 0.701 | sigma 0.148 | 3,072 images | 83.4 images/s | ETA 2:31"
     )
 
 
@@ -113,9 +111,7 @@ class Search(LightningModule):
     def training_step(self, batch, batch_idx: int) -> None:
         if batch_idx == self.fail_at:
             raise RuntimeError("broken")
-        self.last_generation = dataclasses.replace(
-            STATS, generation=batch_idx + 1, total=None, eta_seconds=None
-        )
+        self.last_generation = dataclasses.replace(STATS, generation=batch_idx + 1, total=None, eta_seconds=None)
 
     def configure_optimizers(self) -> None:
         return None

@@ -69,9 +69,7 @@ def test_torn_last_line_is_cut_and_the_next_line_stays_readable(tmp_path: Path) 
     np.testing.assert_array_equal(resumed(tmp_path).recall(0, "a", SHAPE).rewards[:, 0], [1.0, np.nan, 3.0])
 
 
-@pytest.mark.parametrize(
-    "line", ["{nonsense", '{"generation": 0}', '{"generation": 0, "task": "a", "cells": [[1]]}']
-)
+@pytest.mark.parametrize("line", ["{nonsense", '{"generation": 0}', '{"generation": 0, "task": "a", "cells": [[1]]}'])
 def test_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     ledger = started(tmp_path)
     ledger.record_unit(0, "a", [(0, 0)], [1.0])
@@ -96,9 +94,7 @@ def test_lines_of_the_previous_folder_are_recalled(tmp_path: Path) -> None:
     assert ledger.recall(0, "a", SHAPE).rewards[0, 0] == 1.0
 
 
-def test_full_disk_gives_the_path_and_keeps_earlier_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_gives_the_path_and_keeps_earlier_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = started(tmp_path)
     ledger.record_unit(0, "a", [(0, 0)], [1.0])
     with monkeypatch.context() as patch:
@@ -107,9 +103,7 @@ def test_full_disk_gives_the_path_and_keeps_earlier_lines(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         patch.setattr(os, "fsync", full)
-        with pytest.raises(
-            UserError, match=r"units.rank0.jsonl cannot be written \(No space left on device\)"
-        ):
+        with pytest.raises(UserError, match=r"units.rank0.jsonl cannot be written \(No space left on device\)"):
             ledger.record_unit(0, "a", [(1, 0)], [2.0])
     assert resumed(tmp_path).recall(0, "a", SHAPE).rewards[0, 0] == 1.0
 

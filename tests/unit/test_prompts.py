@@ -157,17 +157,13 @@ def test_a_missing_optional_package_is_named(
 
 def test_json_lists_of_strings_and_other_column_names(tmp_path: Path) -> None:
     assert texts(read_prompts(write(tmp_path / "a.json", '["one", " two "]'))) == ["one", "two"]
-    assert texts(
-        read_prompts(write(tmp_path / "a.jsonl", '"one"\n{"caption": "two"}\n{"text": "three"}'))
-    ) == [
+    assert texts(read_prompts(write(tmp_path / "a.jsonl", '"one"\n{"caption": "two"}\n{"text": "three"}'))) == [
         "one",
         "two",
         "three",
     ]
     # The first of the known columns is the prompt; the others are metadata, as in OCR prompt lists.
-    both = read_prompts(
-        write(tmp_path / "b.jsonl", '{"text": "OPEN", "prompt": "a sign", "negative_prompt": null}')
-    )
+    both = read_prompts(write(tmp_path / "b.jsonl", '{"text": "OPEN", "prompt": "a sign", "negative_prompt": null}'))
     assert (both[0].text, dict(both[0].metadata), both[0].negative) == ("a sign", {"text": "OPEN"}, "")
 
 
@@ -263,9 +259,7 @@ def test_the_embedded_shapes_are_a_source() -> None:
         ("a", "one", r"the suffix must be one of .txt, .json"),
     ],
 )
-def test_bad_files_are_refused_with_their_place(
-    tmp_path: Path, name: str, content: str | bytes, message: str
-) -> None:
+def test_bad_files_are_refused_with_their_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     source = write(tmp_path / name, content)
     with pytest.raises(UserError, match=message) as caught:
         read_prompts(source)

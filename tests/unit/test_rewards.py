@@ -39,9 +39,7 @@ def test_jpeg_rewards_order_flat_smooth_and_noisy_pictures() -> None:
 
 def test_jpeg_reward_of_a_picture_does_not_depend_on_its_batch() -> None:
     scores = JpegIncompressibility()(IMAGES, PROMPTS)
-    assert torch.equal(
-        scores, torch.cat([JpegIncompressibility()(image[None], PROMPTS[:1]) for image in IMAGES])
-    )
+    assert torch.equal(scores, torch.cat([JpegIncompressibility()(image[None], PROMPTS[:1]) for image in IMAGES]))
 
 
 def test_the_sum_is_weighted_and_every_reward_is_reported() -> None:
@@ -53,9 +51,7 @@ def test_the_sum_is_weighted_and_every_reward_is_reported() -> None:
 
 
 def test_values_that_are_not_finite_become_nan_and_spread_to_the_sum_unless_their_weight_is_zero() -> None:
-    broken = FunctionReward(
-        "broken", lambda images, prompts: torch.tensor([1.0, torch.nan, torch.inf, -torch.inf])
-    )
+    broken = FunctionReward("broken", lambda images, prompts: torch.tensor([1.0, torch.nan, torch.inf, -torch.inf]))
     optimised = RewardSet.of((broken, 1.0), (constant(1.0), 1.0)).score(IMAGES, PROMPTS)
     assert optimised.total.isnan().tolist() == [False, True, True, True]
     assert optimised.each["broken"].isnan().tolist() == [False, True, True, True]
@@ -178,9 +174,7 @@ def test_shapes_reward_prefers_the_picture_of_its_caption_and_reports_the_strict
     from calibri_lightning.shapes.render import place, render
 
     chosen = prompts("val")[:6]
-    drawn = [
-        render(place(Scene.from_metadata(p.metadata), 48, np.random.default_rng(p.index)), 48) for p in chosen
-    ]
+    drawn = [render(place(Scene.from_metadata(p.metadata), 48, np.random.default_rng(p.index)), 48) for p in chosen]
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float()
     rewards = RewardSet({"shapes": 1.0})
     assert rewards.names == ("shapes", "shapes_strict")

@@ -37,15 +37,11 @@ def attachment(backbone: SD3) -> Iterator[Attachment]:
 
 def candidates(layout: Layout, count: int) -> Tensor:
     rng = np.random.default_rng(5)
-    return torch.from_numpy(
-        layout.start + 0.3 * layout.stds * rng.standard_normal((count, layout.num_parameters))
-    )
+    return torch.from_numpy(layout.start + 0.3 * layout.stds * rng.standard_normal((count, layout.num_parameters)))
 
 
 def test_noise_seeds_are_a_pure_function_and_differ() -> None:
-    arguments = [
-        (s, t, p, i) for s in (0, 1) for t in (-2, -1, 0, 1, 12) for p in (0, 1, 2, 12) for i in range(3)
-    ]
+    arguments = [(s, t, p, i) for s in (0, 1) for t in (-2, -1, 0, 1, 12) for p in (0, 1, 2, 12) for i in range(3)]
     seeds = {a: noise_seed(*a) for a in arguments}
     assert seeds == {a: noise_seed(*a) for a in reversed(arguments)}
     assert len(set(seeds.values())) == len(arguments)
@@ -132,9 +128,7 @@ def test_scales_of_one_leave_every_bit(backbone: SD3, attachment: Attachment) ->
     attachment.detach()
     sigmas, x = untouched.schedule(2), noise
     for step in range(2):
-        both = untouched.velocity(
-            x.repeat(2, 1, 1, 1), sigmas[step].expand(2), Conditioning.cat([text, negative])
-        )
+        both = untouched.velocity(x.repeat(2, 1, 1, 1), sigmas[step].expand(2), Conditioning.cat([text, negative]))
         x = x + (sigmas[step + 1] - sigmas[step]) * untouched.guide(both[None], rows.weights)
     assert torch.equal(hooked, x)
 
@@ -194,9 +188,7 @@ def test_one_biased_token_stands_for_equal_ones_in_output_and_gradient(repeats: 
     width = transformer.config.joint_attention_dim
     x = torch.randn(2, 8, 4, 4, generator=generator, dtype=torch.float64)
     text = torch.randn(2, 6, width, generator=generator, dtype=torch.float64)
-    pooled = torch.randn(
-        2, transformer.config.pooled_projection_dim, generator=generator, dtype=torch.float64
-    )
+    pooled = torch.randn(2, transformer.config.pooled_projection_dim, generator=generator, dtype=torch.float64)
 
     def run(tokens: Tensor, **options: object) -> tuple[Tensor, Tensor]:
         transformer.zero_grad()

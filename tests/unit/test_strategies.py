@@ -97,9 +97,7 @@ class FakeModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         self.strategy.training_step(self, batch)
 
-    def transfer_batch_to_device(
-        self, batch: PromptBatch, device: torch.device, dataloader_idx: int
-    ) -> PromptBatch:
+    def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         return batch  # lightning 2.6.6 refuses to walk through a frozen dataclass
 
     def train_dataloader(self) -> DataLoader:
@@ -170,9 +168,7 @@ class SaveAlways(Callback):
         trainer.save_checkpoint(self.path)
 
 
-def make_trainer(
-    tmp_path: Path, max_steps: int, *callbacks: Callback, enable_checkpointing: bool = False
-) -> Trainer:
+def make_trainer(tmp_path: Path, max_steps: int, *callbacks: Callback, enable_checkpointing: bool = False) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=1,
@@ -352,9 +348,7 @@ def test_best_score_is_that_of_its_vector_and_the_highest(tmp_path: Path) -> Non
 
 
 def test_score_that_is_not_finite_never_wins(tmp_path: Path) -> None:
-    module = FakeModule(
-        STRATEGIES["default"](), tmp_path, score=lambda x: float("nan") if (x != 1).any() else -1.0
-    )
+    module = FakeModule(STRATEGIES["default"](), tmp_path, score=lambda x: float("nan") if (x != 1).any() else -1.0)
     fit(module, 3)
     assert module.strategy.best is not None
     assert module.strategy.best.origin == "start"
@@ -365,9 +359,7 @@ def test_validation_of_a_checkpoint_offers_start_and_best(tmp_path: Path) -> Non
     fit(module, 4, SaveAlways(tmp_path / "c.ckpt"))
     assert module.strategy.best is not None
     fresh = FakeModule(STRATEGIES["default"](), tmp_path)
-    fresh.strategy.load_state_dict(
-        next(iter(torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"].values()))
-    )
+    fresh.strategy.load_state_dict(next(iter(torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"].values())))
     fresh._trainer = make_trainer(tmp_path, 1)
     thetas = fresh.strategy.validation_thetas(fresh)
     assert list(thetas) == ["start", "best"]
@@ -528,12 +520,8 @@ def test_reward_that_fails_once_is_made_again_and_changes_nothing(tmp_path: Path
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("value", [float("nan"), 0.5])
-def test_dead_reward_is_tried_twice_then_refused_and_nothing_is_told(
-    name: str, value: float, tmp_path: Path
-) -> None:
-    module = FakeModule(
-        STRATEGIES[name](), tmp_path, break_cells=lambda step, c, s, r: value if step == 2 else r
-    )
+def test_dead_reward_is_tried_twice_then_refused_and_nothing_is_told(name: str, value: float, tmp_path: Path) -> None:
+    module = FakeModule(STRATEGIES[name](), tmp_path, break_cells=lambda step, c, s, r: value if step == 2 else r)
     with pytest.raises(UserError, match=r"Generation 2 is useless, twice"):
         fit(module, 4, SaveAlways(tmp_path / "last.ckpt"))
     assert module.strategy.generation == 2
@@ -630,9 +618,7 @@ def test_checkpoint_whose_candidates_cannot_be_redrawn_is_refused(tmp_path: Path
         fit(FakeModule(STRATEGIES["default"](), tmp_path), 4, ckpt=tmp_path / "d.ckpt")
 
 
-def test_full_disk_in_mid_run_names_the_file_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_in_mid_run_names_the_file_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from calibri_lightning.strategies import ledger
 
     whole = FakeModule(STRATEGIES["default"](), tmp_path / "whole")

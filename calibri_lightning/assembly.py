@@ -1,0 +1,76 @@
+"""Puts a calibration onto a backbone: finds its sites, drops those without effect, fixes what theta means."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from calibri_lightning.backbones import Backbone
+from calibri_lightning.calibration import (
+    Attachment,
+    Granularity,
+    Layout,
+    MemberSpec,
+    WeightMode,
+    attach,
+    build_layout,
+    find_sites,
+    probe,
+)
+
+_log = logging.getLogger(__name__)
+
+PROBE_ROWS = 4
+"""Rows of the forward that looks for sites without effect."""
+
+
+@dataclass
+class CalibrationConfig:
+    """What is calibrated.
+
+    Attributes:
+        granularity: How sites share scales: block, layer or gate.
+        members: single, cfg (prompt and negative prompt), or a number of ensemble members.
+        guidance_scale: Guidance at the start, for cfg.
+        weight_mode: What is learned about the members' weights: fixed (nothing), raw (each) or guidance (strength and
+            guidance).
+    """
+
+    granularity: Granularity = "gate"
+    members: MemberSpec = "cfg"
+    guidance_scale: float = 7.0
+    weight_mode: WeightMode = "raw"
+
+
+def assemble(backbone: Backbone, config: CalibrationConfig) -> tuple[Layout, Attachment]:
+    """Attaches scales to every site of a backbone that has an effect.
+
+    Args:
+        backbone: The model; its transformer gets hooks.
+        config: What is calibrated.
+
+    Returns:
+        The meaning of theta, and the hooks.
+
+    Raises:
+        UserError: If the transformer's blocks are unknown, or the configuration is out of its range.
+    """
+    transformer = backbone.transformer
+    sites = find_sites(transformer)
+    attachment = attach(transformer, sites)
+    dead = probe(attachment, lambda: _probe_forward(backbone))
+    if dead:
+        _log.warning("No effect on the output, left out: %s.", ", ".join(site.name for site in dead))
+        attachment.detach()
+        sites = tuple(site for site in sites if site not in dead)
+        attachment = attach(transformer, sites)
+    layout = build_layout(sites, config.granularity, config.members, config.guidance_scale, config.weight_mode)
+    return layout, attachment
+
+
+def _probe_forward(backbone: Backbone) -> Tensor:
+    noise = backbone.noise(range(PROBE_ROWS))
+    sigma = backbone.schedule(2)[1].to(noise).expand(PROBE_ROWS)
+    return backbone.velocity(noise, sigma, backbone.encode([""] * PROBE_ROWS))

@@ -1,0 +1,125 @@
+"""Two processes deliver what one delivers, byte for byte, and draw and score the same pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_rewards
+import torch
+from tiny_runs import CMA, OFFICIAL, PAIRS, TinyRuns, forked, rank_environments
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
+
+DDP = ("--trainer.devices=2", "--trainer.strategy=ddp")
+
+
+def two(runs: TinyRuns, tmp_path: Path, command: str, name: str, *flags: str) -> Path:
+    """Runs a command on two ranks that has to succeed; its folder."""
+    words = runs.arguments(command, name, *DDP, *flags)
+    codes = forked([words, words], rank_environments(2), tmp_path / "log")
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    assert len(list((runs.folder / name).iterdir())) == 1, "the ranks share one folder"
+    return runs.latest(name)
+
+
+def column(path: Path, name: str) -> list[float]:
+    with (path / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.mark.parametrize("strategy", [PAIRS, CMA, OFFICIAL], ids=["pairs", "cma", "official"])
+def test_two_ranks_deliver_the_bytes_of_one(runs: TinyRuns, tmp_path: Path, strategy: tuple[str, ...]) -> None:
+    """Were candidates buffers, DDP would overwrite rank 1's; were prompts sampled per rank, they would differ."""
+    flags = (*strategy, "--trainer.max_steps=3")
+    one = runs.fit("one", *flags)
+    pair = two(runs, tmp_path, "fit", "two", *flags)
+
+    assert (pair / "calibration.json").read_bytes() == (one / "calibration.json").read_bytes()
+    for name in ("val/start", "val/mean", "train/reward_mean", "train/sigma", "budget/images"):
+        assert column(pair, name) == column(one, name), name
+    states = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (one, pair)]
+    assert states[0]["global_step"] == states[1]["global_step"] == 3
+    assert torch.equal(states[0]["state_dict"]["theta"], states[1]["state_dict"]["theta"])
+    assert {file.name for file in (pair / "ledger").iterdir()} == {
+        "generations.jsonl",
+        "units.rank0.jsonl",
+        "units.rank1.jsonl",
+    }
+    for rank in (0, 1):
+        assert (pair / "ledger" / f"units.rank{rank}.jsonl").stat().st_size, f"rank {rank} did work"
+
+
+def test_table_and_pictures_of_two_ranks_are_those_of_one(runs: TinyRuns, tmp_path: Path) -> None:
+    start = runs.fit("start", *CMA, "--data.val=null")
+    flags = (f"--model.init_from={start}", "--data.predict_prompts=[a red circle, a blue square, a green circle]")
+    assert runs("test", "one", *flags) == 0
+    pair = two(runs, tmp_path, "test", "two", *flags)
+    one = runs.latest("one")
+    documents = [json.loads((path / "summary.json").read_text()) for path in (one, pair)]
+    assert documents[0]["conditions"] == documents[1]["conditions"]
+    assert (one / "before_after.png").read_bytes() == (pair / "before_after.png").read_bytes()
+
+    small = "--model.rows_per_forward=2"  # one picture a unit, so that both ranks draw some
+    assert runs("predict", "drawn", *flags, small) == 0
+    shared = two(runs, tmp_path, "predict", "drawn2", *flags, small)
+    pictures = {
+        name: {file.name: file.read_bytes() for file in (path / "images").iterdir()}
+        for name, path in (("one", runs.latest("drawn")), ("two", shared))
+    }
+    assert len(pictures["one"]) == 3
+    assert pictures["one"] == pictures["two"]
+
+
+def test_kill_on_two_ranks_resumes_on_one(runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledgers of all ranks are read, whatever the number of ranks that go on."""
+    flags = ("--trainer.max_steps=3", "--data.val=null")
+    whole = runs.fit("whole", *flags)
+    words = runs.arguments("fit", "cut", *DDP, *flags)
+    # Each generation is 3 units: 2 on rank 0 and 1 on rank 1. Rank 1 dies in its second one, and rank 0 with it.
+    environments = [
+        rank | {tiny_rewards.CALLS: str(tmp_path / f"calls{number}"), tiny_rewards.KILL_AT: str(at)}
+        for number, (rank, at) in enumerate(zip(rank_environments(2), (4, 2), strict=True))
+    ]
+    codes = forked([words, words], environments, tmp_path / "log")
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL]
+    monkeypatch.setenv(tiny_rewards.CALLS, str(tmp_path / "calls"))
+    resumed = runs.fit("cut", *flags, f"--ckpt_path={runs.latest('cut') / 'checkpoints' / 'last.ckpt'}")
+    assert (resumed / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
+    # Of the 9 units 3 + 1 were finished: the first generation, and rank 0's first unit of the second.
+    assert len((tmp_path / "calls").read_text().splitlines()) == 9 - 4
+
+
+def test_error_on_one_rank_ends_all(runs: TinyRuns, tmp_path: Path) -> None:
+    words = runs.arguments("fit", "bad", *DDP, '--model.rewards={"tiny_rewards:raises_on_rank_one": 1.0}')
+    assert forked([words, words], rank_environments(2), tmp_path / "log") == [2, 2]
+    log = (tmp_path / "log").read_text()
+    assert "tiny_rewards:raises_on_rank_one" in log
+    assert "another rank" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(runs: TinyRuns, tiny_folder: Path) -> None:
+    """The one test with a real launcher, as a user would call it."""
+    one = runs.fit("one", "--trainer.max_steps=1")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "calibri_lightning"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tiny_rewards.__file__).parent), "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, *launcher, *runs.arguments("fit", "two", *DDP, "--trainer.max_steps=1")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    two_ranks = runs.latest("two") / "calibration.json"
+    assert two_ranks.read_bytes() == (one / "calibration.json").read_bytes()
+    assert answer.stdout.count("Calibrating") == 1, "one rank speaks"
