@@ -263,8 +263,11 @@ def _quieten() -> None:
         ".*LightningCLI's args parameter is intended to run from within Python.*",
         # A run without validation prompts.
         ".*Total length of `list` across ranks is zero.*",
-        # Lightning 2.6.6 on torch 2.13, in each broadcast and reduction.
+        # Lightning 2.6.6 on torch 2.13, in each broadcast, reduction and gathering.
         r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        ".*torch.distributed.nn.functional.all_gather is deprecated.*",
+        # All ranks log the same numbers already.
+        ".*It is recommended to use `self.log.* sync_dist=True.*",
         # The four below describe this design: no optimiser, a frozen model, the state after a generation, and a
         # strategy that is a callback of the module.
         ".*`LightningModule.configure_optimizers` returned `None`.*",

@@ -116,7 +116,7 @@ def test_torchrun_starts_the_ranks(runs: TinyRuns, tiny_folder: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=550,
         check=False,
     )
     assert answer.returncode == 0, answer.stderr
