@@ -60,12 +60,12 @@ class CheckpointFiles(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint, without unpickling unless told to.
+        """Reads a checkpoint; nothing is ever unpickled.
 
         Args:
             path: The file.
             map_location: Where its tensors go; the CPU by default.
-            weights_only: Whether to refuse anything but tensors and plain values; true by default.
+            weights_only: Unused: anything but tensors and plain values is refused.
 
         Returns:
             Its content.
@@ -75,7 +75,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         check_exists(path)
         try:
-            found = super().load_checkpoint(path, map_location or _to_cpu, weights_only is not False)
+            found = super().load_checkpoint(path, map_location or _to_cpu, weights_only=True)
         except Exception as error:  # a damaged file surfaces as one of many classes of torch and zipfile
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
@@ -128,7 +128,7 @@ class RunCheckpoint(ModelCheckpoint):
         Args:
             trainer: The trainer.
         """
-        trainer.save_checkpoint(self.path, weights_only=False)
+        trainer.save_checkpoint(self.path)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the checkpoint again, which now knows the best vector.

@@ -123,14 +123,7 @@ class CalibriModule(LightningModule):
         return self.strategy.configure_optimizers(self)
 
     def setup(self, stage: str) -> None:
-        """Finds the run's folder and checks what the trainer would break.
-
-        Args:
-            stage: Unused.
-
-        Raises:
-            UserError: If the trainer's precision would cast theta.
-        """
+        """Finds the run's folder, and refuses a precision that would cast theta."""
         # All ranks at once: the trainer broadcasts the folder whenever it is asked for.
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         precision = self.trainer.precision
