@@ -26,8 +26,8 @@ from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies.base import Strategy
-from calibri_lightning.strategies.progress import ProgressLine
-from calibri_lightning.trace import Trace, TraceRecorder, stats_of, validation_scores
+from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
+from calibri_lightning.trace import Trace, stats_of, validation_scores
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.pytorch import Callback
 from numpy.typing import NDArray
 
 from calibri_lightning.evaluation.progress import GenerationStats
@@ -76,22 +75,6 @@ class Trace:
             What `Trace(**state)` takes.
         """
         return {name: list(v) if isinstance(v, list) else v for name, v in vars(self).items()}
-
-
-class TraceRecorder(Callback):
-    """Has the module record each generation: after the strategy told it, before a checkpoint is saved."""
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Records the generation that just ended.
-
-        Args:
-            trainer: The trainer.
-            pl_module: A CalibriModule.
-            outputs: Unused.
-            batch: Unused.
-            batch_idx: Unused.
-        """
-        pl_module.record_generation()
 
 
 def stats_of(report: GenerationReport, reward: str, images: int, seconds: float) -> GenerationStats:

@@ -23,7 +23,7 @@ class TrainConfig:
     """Pictures drawn once and reused."""
     vae_steps: int = 1_500
     """Optimiser steps of the autoencoder."""
-    steps: int = 5_000
+    steps: int = 12_000
     """Optimiser steps of the transformer."""
     vae_batch_size: int = 16
     """Pictures a step of the autoencoder."""
@@ -39,7 +39,7 @@ class TrainConfig:
     """Decay of the weight average that is saved."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
-    shift: float = 1.0
+    shift: float = 3.0
     """Time shift of the shipped schedule."""
     save_every: int = 250
     """Steps between checkpoints."""
@@ -96,7 +96,7 @@ class Stage:
             loss: Draws a batch with the given generator (seeded by the step, so a resumed run draws the same) and
                 returns its mean loss; the number is the share of the steps that are done.
         """
-        started, mean = time.monotonic(), 0.0
+        started, losses = time.monotonic(), list[float]()
         while self.step < self.total:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * cosine_rate(self.step, self.total, self.config.warmup)
@@ -110,10 +110,10 @@ class Stage:
             decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():  # or the average would hold the graph of every step so far
                 torch._foreach_lerp_(self.average, list(self.modules.parameters()), 1 - decay)
-            mean += float(value.detach()) / 100
+            losses.append(float(value.detach()))
             if self.step % 100 == 0:
-                self._log(mean, time.monotonic() - started)
-                mean = 0.0
+                self._log(float(np.mean(losses)), time.monotonic() - started)
+                losses.clear()
             if self.step % self.config.save_every == 0 or self.step == self.total:
                 self._save()
         with torch.no_grad():

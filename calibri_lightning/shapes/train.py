@@ -24,10 +24,12 @@ from calibri_lightning.shapes.stage import Stage, TrainConfig
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
+TIME_MEAN, TIME_SPREAD = 0.6, 1.2
+"""Mean and spread of the logit-normal times: more noise than the paper's (0, 1), where layout is decided."""
 NUM_NULL_TOKENS = 256
 """Zero text tokens that the stock pipeline appends in place of the silent third encoder; one token stands for all of
 them here, exactly (see `backbones.repeated_tokens`), so that training takes a third of the time."""
-NULL_TOKENS_START, NULL_TOKENS_END = 0.25, 0.65
+NULL_TOKENS_START, NULL_TOKENS_END = 0.15, 0.45
 """Shares of the steps between which their number grows, on a log scale, from 1 to `NUM_NULL_TOKENS`. With all of them
 from the start, 84 % of the attention rests on nothing, its gradients vanish, and captions are never bound to places."""
 
@@ -163,11 +165,12 @@ def train_transformer(
         )
         data = latents[picked]
         noise = torch.randn(data.shape, generator=generator)
-        # Logit-normal times (eq. 19, m = 0, s = 1), stratified over the batch, which lowers the variance of the mean.
+        # Logit-normal times (eq. 19), stratified over the batch, which lowers the variance of the mean.
         uniform = (
             torch.arange(config.batch_size) + torch.rand(config.batch_size, generator=generator)
         ) / config.batch_size
-        sigma = torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)).sigmoid().view(-1, 1, 1, 1)
+        normal = TIME_MEAN + TIME_SPREAD * torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))
+        sigma = normal.sigmoid().view(-1, 1, 1, 1)
         x = ((1 - sigma) * data + sigma * noise).to(config.device)  # eq. 13
         bias = repeated_tokens.key_bias(num_image_tokens, num_text_tokens, num_null_tokens(progress), device)
         velocity = pipe.transformer(

@@ -1,4 +1,4 @@
-"""Prints the progress line: one that updates on a terminal, plain lines in a log file."""
+"""What follows a run generation by generation: the progress line, and the record for the convergence plot."""
 
 from __future__ import annotations
 
@@ -104,3 +104,19 @@ class ProgressLine(Callback):
         except (UnicodeEncodeError, LookupError):
             return True
         return False
+
+
+class TraceRecorder(Callback):
+    """Has the module record each generation: after the strategy told it, before a checkpoint is saved."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Records the generation that just ended.
+
+        Args:
+            trainer: The trainer.
+            pl_module: A CalibriModule.
+            outputs: Unused.
+            batch: Unused.
+            batch_idx: Unused.
+        """
+        pl_module.record_generation()

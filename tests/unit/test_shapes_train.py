@@ -229,7 +229,7 @@ def test_a_kill_while_saving_keeps_the_previous_checkpoint(
 
 def test_null_tokens_grow_from_one_to_all_of_them() -> None:
     counts = [num_null_tokens(step / 100) for step in range(101)]
-    assert counts[0] == counts[25] == 1
-    assert counts[65] == counts[100] == NUM_NULL_TOKENS
-    assert counts[45] == pytest.approx(NUM_NULL_TOKENS**0.5)
+    assert counts[0] == counts[15] == 1
+    assert counts[45] == counts[100] == NUM_NULL_TOKENS
+    assert counts[30] == pytest.approx(NUM_NULL_TOKENS**0.5)
     assert all(a <= b for a, b in zip(counts, counts[1:], strict=False))
