@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ class CheckpointFiles(TorchCheckpointIO):
             UserError: If there is no such file, or it is no checkpoint of this package.
         """
         check_exists(path)
+        if "://" not in str(path) and not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path} is no checkpoint, or it is cut short. --ckpt_path takes the checkpoints/last.ckpt of a run; a "
+                "calibration.json goes to --model.init_from."
+            )
         try:
             found = super().load_checkpoint(path, map_location or _to_cpu, weights_only=True)
         except Exception as error:  # a damaged file surfaces as one of many classes of torch and zipfile
@@ -128,7 +134,8 @@ class RunCheckpoint(ModelCheckpoint):
         Args:
             trainer: The trainer.
         """
-        trainer.save_checkpoint(self.path)
+        # When saving, this means "not the weights alone"; for reading see `CheckpointFiles`.
+        trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the checkpoint again, which now knows the best vector.
@@ -272,6 +279,17 @@ def load_start(source: str, layout: Layout, transformer: nn.Module) -> np.ndarra
     file = read_calibration(path / CALIBRATION if path.is_dir() else path)
     check_model(file, transformer)
     values = dict(zip(file.names, file.values, strict=True))
+    other = [f"granularity {file.granularity}"] if file.granularity != layout.granularity else []
+    if file.weight_mode != layout.weight_mode:
+        other.append(f"weight_mode {file.weight_mode}")
+    elif file.weight_mode == "fixed" and file.members != layout.members:
+        other.append("fixed weights " + ", ".join(f"{member.weight:g}" for member in file.members))
+    if other:
+        raise UserError(
+            f"init_from {source} was made with {' and '.join(other)}; this run has granularity {layout.granularity}, "
+            f"weight_mode {layout.weight_mode} and weights {', '.join(f'{m.weight:g}' for m in layout.members)}. "
+            "Set model.calibration as it was."
+        )
     if values.keys() != set(layout.names):
         odd = sorted(values.keys() ^ set(layout.names))
         raise UserError(

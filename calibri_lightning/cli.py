@@ -15,6 +15,7 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -37,6 +38,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "check_val_every_n_epoch": None,
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
+    # Generations. Lightning's own default, a share of an epoch, would mean never.
+    "val_check_interval": 10,
     # Every rank sees all prompts; strategies share the work themselves.
     "use_distributed_sampler": False,
     "enable_progress_bar": False,
@@ -117,6 +120,17 @@ class CalibriCLI(LightningCLI):
             UserError: If the checkpoint is not there, or the run's folder cannot be written.
         """
         config = self.config[self.subcommand]
+        interval = config["trainer"]["val_check_interval"]
+        if isinstance(interval, float):
+            raise UserError(
+                f"trainer.val_check_interval is {interval}; it counts generations between validations and must be a "
+                "whole number, such as 10. A share of an epoch means nothing here: the one epoch is endless."
+            )
+        if self.subcommand == "fit" and config["trainer"]["max_steps"] == 0:
+            raise UserError(
+                "trainer.max_steps is 0, so nothing would be searched. Give the number of generations, or -1 together "
+                "with another end such as the strategy's max_images."
+            )
         if config.get("ckpt_path"):
             check_exists(config["ckpt_path"])
         root = config["trainer"]["default_root_dir"] or "."
@@ -150,11 +164,17 @@ class CalibriCLI(LightningCLI):
         if trainer["enable_checkpointing"] is not False:
             kwargs["callbacks"] = [*_as_list(trainer["callbacks"]), RunCheckpoint()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            made = super().instantiate_trainer(**kwargs)
         except UserError:
             raise
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"The trainer refuses its arguments: {error} Correct them under trainer.") from error
+        if isinstance(made.accelerator, MPSAccelerator):
+            raise UserError(
+                "The accelerator is MPS, which has no float64; theta and the rewards are float64. Use "
+                "--trainer.accelerator cpu (or gpu with CUDA)."
+            )
+        return made
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Lightning's own tables of metrics would stand beside ours.

@@ -19,7 +19,7 @@ from calibri_lightning.conditions import Conditions
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.progress import GenerationStats
 from calibri_lightning.evaluation.summary import Budget
-from calibri_lightning.prompts import Prompt, PromptBatch
+from calibri_lightning.prompts import Prompt, PromptBatch, fingerprint
 from calibri_lightning.report import RunReport
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
@@ -108,6 +108,19 @@ class CalibriModule(LightningModule):
         if len(parts) == 1 and parts[0][1] > 0:
             return parts[0][0]
         return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts)
+
+    @property
+    def judged_by(self) -> Mapping[str, str | int]:
+        """All that scores depend on besides theta, prompts and seeds; a resumed search must find it unchanged."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return {
+            "rewards": ", ".join(f"{weight:g} {reward.name}" for reward, weight in self.rewards.weighted),
+            "num_steps": self.num_steps,
+            "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
+            "weight_mode": self.layout.weight_mode,
+            "pictures a unit": self._evaluator.cells_per_unit,
+            "validation prompts": "none" if data is None else fingerprint(data.prompts("val"))[:12],
+        }
 
     def noise_seeds(self, batch: PromptBatch) -> list[int]:
         """Seeds of a batch's pictures, one for each prompt, whichever rank draws it."""
@@ -231,7 +244,10 @@ class CalibriModule(LightningModule):
         self.on_validation_epoch_start()
         for index, batch in enumerate(data.val_dataloader() if data is not None else []):
             self.validation_step(batch, index)
-        self._close_validation()
+        scores = self._close_validation()
+        for logger in self.trainer.loggers if scores else ():
+            # `self.log` works in the trainer's own loop alone.
+            logger.log_metrics({f"val/{name}": score for name, score in scores.items()}, self.trainer.global_step)
 
     def _deliver(self) -> None:
         """Puts the strategy's answer into theta and calibration.json."""

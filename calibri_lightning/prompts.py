@@ -205,10 +205,10 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
         prompts: The prompts.
 
     Returns:
-        A sha256 over indices, texts and negative prompts, in hexadecimal.
+        A sha256 over indices, texts, negative prompts and metadata, in hexadecimal.
     """
-    rows = [[prompt.index, prompt.text, prompt.negative] for prompt in prompts]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    rows = [[prompt.index, prompt.text, prompt.negative, dict(prompt.metadata)] for prompt in prompts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 @lru_cache(maxsize=4)

@@ -30,6 +30,10 @@ class CalibratedModule(Protocol):
     run_dir: Path
     trainer: Trainer
 
+    @property
+    def judged_by(self) -> Mapping[str, str | int]:
+        """All that scores depend on besides theta, prompts and seeds; a resumed search must find it unchanged."""
+
     def evaluate(
         self,
         thetas: Floats,

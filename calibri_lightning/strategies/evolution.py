@@ -209,6 +209,7 @@ class EvolutionStrategy(Strategy, SearchPlan):
             "parameters": digest(*module.layout.names),
             "space": digest_candidates(np.stack([space.start, space.lower, space.upper, space.stds])),
             "numerics": numerics(),
+            **module.judged_by,
         }
         if earlier is not None:
             check_same(earlier.settings, settings)

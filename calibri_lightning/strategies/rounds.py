@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from calibri_lightning.errors import UserError
+from calibri_lightning.prompts import fingerprint
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies.base import CalibratedModule
 from calibri_lightning.strategies.history import digest_candidates
@@ -138,8 +139,8 @@ def pose(
     for prompt in batch.prompts:
         seeds.append(noise_seed(module.seed, batch.step, prompt.index, seen[prompt.index]))
         seen[prompt.index] += 1
-    prompts = json.dumps([[prompt.index, prompt.text, prompt.negative] for prompt in batch.prompts])
-    task = digest(digest_candidates(thetas), prompts, json.dumps(seeds), str(module.num_steps))
+    judged_by = json.dumps(dict(module.judged_by), sort_keys=True)
+    task = digest(digest_candidates(thetas), fingerprint(batch.prompts), json.dumps(seeds), judged_by)
     recall = ledger.recall(number, task, (core.popsize, core.num_slots))
     if recall.progress is not None:
         progress = recall.progress

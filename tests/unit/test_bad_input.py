@@ -236,9 +236,9 @@ def _calibration(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_truncate, ["cannot be read", "damaged"]),
+        (_truncate, ["no checkpoint, or it is cut short"]),
         (_foreign, ["no checkpoint of calibri_lightning"]),
-        (_calibration, ["cannot be read"]),
+        (_calibration, ["no checkpoint", "calibration.json goes to"]),
     ],
 )
 def test_damaged_checkpoint(
@@ -350,3 +350,28 @@ def test_full_disk_loses_no_checkpoint(
     assert not list(last.parent.glob(".*")), "no half-written file is left"
     resumed = runs.fit("cut", *flags, f"--ckpt_path={last}")
     assert (resumed / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "--data.val_size=2",
+        "--model.num_steps=3",
+        '--model.rewards={"jpeg_compressibility": 1.0}',
+        "--model.rows_per_forward=4",
+    ],
+)
+def test_resume_under_another_judge(runs: TinyRuns, calibrated: Path, capsys: Capture, changed: str) -> None:
+    # Scores of the two halves of such a run could not be compared.
+    path = calibrated / "checkpoints" / "last.ckpt"
+    assert "set up otherwise" in refused(
+        runs, capsys, f"--ckpt_path={path}", "--trainer.max_steps=3", changed, worked=True
+    )
+
+
+def test_a_share_of_the_endless_epoch_between_validations(runs: TinyRuns, capsys: Capture) -> None:
+    assert "whole number" in refused(runs, capsys, "--trainer.val_check_interval=1.0")
+
+
+def test_no_generation_at_all(runs: TinyRuns, capsys: Capture) -> None:
+    assert "max_steps is 0" in refused(runs, capsys, "--trainer.max_steps=0")

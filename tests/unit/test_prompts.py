@@ -93,10 +93,11 @@ def test_occurrences_tell_repeats_apart() -> None:
     assert PromptBatch(0, draw_prompts(TEN, 0, 0, 10)).occurrences == (0,) * 10
 
 
-def test_fingerprint_sees_texts_rows_and_negatives_but_not_metadata() -> None:
+def test_fingerprint_sees_texts_rows_negatives_and_metadata() -> None:
     base = fingerprint([Prompt("a", 0), Prompt("b", 1)])
-    assert base == fingerprint([Prompt("a", 0, {"tag": 1}), Prompt("b", 1)])
+    assert base == fingerprint([Prompt("a", 0), Prompt("b", 1)])
     others = [
+        [Prompt("a", 0, {"tag": 1}), Prompt("b", 1)],
         [Prompt("b", 0), Prompt("a", 1)],
         [Prompt("a", 0), Prompt("b", 2)],
         [Prompt("a", 0), Prompt("b", 1, {}, "c")],

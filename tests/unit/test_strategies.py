@@ -72,6 +72,7 @@ class FakeModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.scales = torch.nn.Parameter(torch.ones(N))
+        self.judged_by = {"num_steps": 4}
         self.strategy, self.run_dir, self.noise = strategy, run_dir, noise
         self.kill_after, self.break_cells, self.score = kill_after, break_cells, score or self.truth
         self.seed, self.num_steps = 7, 8
