@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from calibri_lightning.calibration import Layout, check_model, fingerprint, read_calibration
+from calibri_lightning.calibration import Layout, check_model, fingerprint, read_calibration, weights_digest
 from calibri_lightning.errors import UserError
 
 CALIBRATION = "calibration.json"
@@ -209,6 +209,7 @@ def describe(module: nn.Module, layout: Layout, transformer: nn.Module) -> dict[
     made = fingerprint(transformer)
     return {
         "model": [made.transformer_class, made.num_parameters, made.sites_hash],
+        "weights": weights_digest(transformer),
         "parameters": list(layout.names),
         "trained": {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad},
     }
@@ -231,6 +232,8 @@ def require_same(here: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None
     details = []
     if there["model"] != here["model"]:
         details.append(f"its model is another {there['model'][0]}, of {there['model'][1]:,} parameters")
+    elif there["weights"] != here["weights"]:
+        details.append("its model has other weights than this one")
     if there["parameters"] != here["parameters"]:
         odd = sorted(set(there["parameters"]) ^ set(here["parameters"])) or ["their order"]
         details.append(

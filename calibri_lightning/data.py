@@ -14,9 +14,7 @@ from lightning import LightningDataModule
 from calibri_lightning.errors import UserError
 from calibri_lightning.loaders import PromptChunks, PromptTicker
 from calibri_lightning.prompts import Duplicates, Prompt, PromptBatch, check_source, place, read_prompts, some
-
-VALIDATION_STEP, TEST_STEP, PREDICT_STEP = -1, -2, -3
-"""The step of a batch that is not trained on."""
+from calibri_lightning.sampling.noise import PREDICT_STEP, TEST_STEP, VALIDATION_STEP
 
 
 class PromptData(LightningDataModule):

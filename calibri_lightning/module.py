@@ -27,9 +27,12 @@ from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies.base import Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
-from calibri_lightning.trace import Trace, stats_of, validation_scores
+from calibri_lightning.trace import Trace, stats_of
+from calibri_lightning.validation import Validation
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+PARTS = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ()}
+"""The prompts that a stage scores, or prepares to score."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Settings of trainer.precision that leave parameters as they are."""
 
@@ -86,8 +89,7 @@ class CalibriModule(LightningModule):
         self.resumed_step: int | None = None
         self.run_dir = Path()
         self._pace = (0, 0.0)
-        self._validated: Mapping[str, Floats] = {}
-        self._scores: dict[str, list[Floats]] = {}
+        self._validation = Validation({})
         self.layout, attachment = assemble(backbone, calibration)
         self.start_theta: Floats = (
             load_start(init_from, self.layout, backbone.transformer) if init_from else self.layout.start
@@ -112,15 +114,24 @@ class CalibriModule(LightningModule):
     @property
     def judged_by(self) -> Mapping[str, str | int]:
         """All that scores depend on besides theta, prompts and seeds; a resumed search must find it unchanged."""
-        data: Any = getattr(self.trainer, "datamodule", None)
+        validation = self._prompts("val")
         return {
             "rewards": ", ".join(f"{weight:g} {reward.name}" for reward, weight in self.rewards.weighted),
             "num_steps": self.num_steps,
             "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
             "weight_mode": self.layout.weight_mode,
             "pictures a unit": self._evaluator.cells_per_unit,
-            "validation prompts": "none" if data is None else fingerprint(data.prompts("val"))[:12],
+            "validation prompts": fingerprint(validation)[:12] if validation else "none",
         }
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation prompts."""
+        return bool(self._prompts("val"))
+
+    def _prompts(self, part: str) -> tuple[Prompt, ...]:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return () if data is None else data.prompts(part)
 
     def noise_seeds(self, batch: PromptBatch) -> list[int]:
         """Seeds of a batch's pictures, one for each prompt, whichever rank draws it."""
@@ -136,7 +147,7 @@ class CalibriModule(LightningModule):
         return self.strategy.configure_optimizers(self)
 
     def setup(self, stage: str) -> None:
-        """Finds the run's folder, and refuses a precision that would cast theta."""
+        """Finds the run's folder; refuses a precision that would cast theta, and prompts that no reward can score."""
         # All ranks at once: the trainer broadcasts the folder whenever it is asked for.
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         precision = self.trainer.precision
@@ -146,6 +157,8 @@ class CalibriModule(LightningModule):
                 f"resolves scales near 1 no finer than 0.008. Use one of {', '.join(PRECISIONS)}, and set the "
                 "backbone's dtype to bfloat16 to halve its memory."
             )
+        for part in PARTS[stage]:
+            self.rewards.check(self._prompts(part))
 
     def on_fit_start(self) -> None:
         """Says what is about to happen; a run that was cut off after its last generation is closed here."""
@@ -208,16 +221,13 @@ class CalibriModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fixes the vectors of this validation."""
-        self._validated = dict(self.strategy.validation_thetas(self))
-        self._scores = {name: [] for name in self._validated}
+        self._validation = Validation(self.strategy.validation_thetas(self))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Scores the strategy's vectors on fixed prompts with fixed noise, the same for any number of ranks."""
-        if not self._validated:
-            return
-        answer = self.evaluate(np.stack(list(self._validated.values())), batch.prompts, self.noise_seeds(batch))
-        for row, name in enumerate(self._validated):
-            self._scores[name].append(answer.rewards[row])
+        thetas = self._validation.thetas
+        if len(thetas):
+            self._validation.add(self.evaluate(thetas, batch.prompts, self.noise_seeds(batch)).rewards)
 
     def on_validation_epoch_end(self) -> None:
         """Hands the scores to the strategy, which keeps the best validated vector."""
@@ -230,12 +240,11 @@ class CalibriModule(LightningModule):
             RunReport(self).print_scores(scores)
 
     def _close_validation(self) -> dict[str, float]:
-        rewards = {name: np.concatenate(parts) for name, parts in self._scores.items() if parts}
-        scores = validation_scores(rewards)
+        scores = self._validation.scores()
         if scores:
             self.strategy.on_validated(self, scores)
             self.trace.add_validation(scores)
-        self._validated, self._scores = {}, {}
+        self._validation = Validation({})
         return scores
 
     def _validate(self) -> None:

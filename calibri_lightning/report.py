@@ -130,7 +130,8 @@ class RunReport:
         reason = getattr(module.strategy, "stop_reason", None)
         if reason:
             print(f"Stopped early: {reason}.")
-        print(f"Calibration: {self.folder / CALIBRATION}")
+        note = " (the start, unchanged)" if np.array_equal(module.answer, module.start_theta) else ""
+        print(f"Calibration: {self.folder / CALIBRATION}{note}")
         print(f"Plots: {self.folder / 'scales.png'}, {self.folder / 'convergence.png'}")
 
     def finish_test(self, conditions: Conditions) -> None:

@@ -7,16 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from calibri_lightning.evaluation.progress import GenerationStats
 
 if TYPE_CHECKING:
     from calibri_lightning.strategies.rounds import GenerationReport
-
-MOST_FAILED = 0.25
-"""Share of the validation prompts that may fail for every vector before there is no score."""
 
 
 @dataclass
@@ -101,24 +95,3 @@ def stats_of(report: GenerationReport, reward: str, images: int, seconds: float)
         None if total is None else (total - report.generation) * seconds,
         reward,
     )
-
-
-def validation_scores(rewards: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-    """Averages each vector's rewards over the prompts.
-
-    A prompt that fails for every vector (a reward that divides by zero, say) tells nothing about any of them and
-    is left out; a vector that fails on a prompt on which another one does not gets no score.
-
-    Args:
-        rewards: Rewards [P] by vector, NaN where a picture failed.
-
-    Returns:
-        Mean by vector; NaN where there is none.
-    """
-    if not rewards:
-        return {}
-    matrix = np.stack(list(rewards.values()))
-    usable = np.isfinite(matrix).any(axis=0)
-    if usable.mean() < 1 - MOST_FAILED:
-        return dict.fromkeys(rewards, math.nan)
-    return {name: float(row[usable].mean()) for name, row in zip(rewards, matrix, strict=True)}

@@ -9,7 +9,7 @@ from calibri_lightning.calibration.files import (
     read_calibration,
     write_calibration,
 )
-from calibri_lightning.calibration.fingerprint import ModelFingerprint, fingerprint
+from calibri_lightning.calibration.fingerprint import ModelFingerprint, fingerprint, weights_digest
 from calibri_lightning.calibration.fold import fold
 from calibri_lightning.calibration.pipeline import fuse, load_calibration, unload_calibration
 from calibri_lightning.calibration.scales import Layout, Member, MemberSpec, Rows, WeightMode, build_layout
@@ -41,5 +41,6 @@ __all__ = [
     "probe",
     "read_calibration",
     "unload_calibration",
+    "weights_digest",
     "write_calibration",
 ]

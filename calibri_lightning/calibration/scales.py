@@ -8,7 +8,7 @@ classifier-free guidance with scale g is the pair ("prompt", g), ("negative", 1 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -188,22 +188,6 @@ class Layout:
         fixed = torch.tensor([member.weight for member in self.members], device=theta.device)
         return Rows(scales, fixed.expand(len(theta), num_members))
 
-    def without(self, dead: Iterable[Site]) -> Layout:
-        """Returns the layout that is left when some sites (the ones a probe found dead) are dropped.
-
-        Args:
-            dead: Sites to drop. Attach the new layout's sites afresh afterwards, so that rows and hooks
-                agree.
-
-        Returns:
-            The smaller layout.
-
-        Raises:
-            UserError: If no site is left.
-        """
-        dropped = set(dead)
-        return replace(self, sites=tuple(site for site in self.sites if site not in dropped))
-
 
 def build_layout(
     sites: Sequence[Site],
@@ -235,6 +219,11 @@ def build_layout(
             raise UserError(f"guidance_scale is {guidance_scale}. It must be a finite number, for instance 4.5.")
         chosen = (Member("prompt", float(guidance_scale)), Member("negative", 1.0 - float(guidance_scale)))
     elif isinstance(members, int) and not isinstance(members, bool) and members >= 1:
+        if members > 1 and weight_mode == "fixed":
+            raise UserError(
+                f"members: {members} was given with weight_mode: fixed. Members after the first start with weight 0 "
+                "and would keep it, so that their scales have no effect. Use weight_mode: raw, or members: single."
+            )
         chosen = tuple(Member("prompt", float(m == 0)) for m in range(members))
     else:
         raise UserError(f"members is {members!r}. It must be 'single', 'cfg' or a number of members from 1 up.")

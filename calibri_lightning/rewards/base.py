@@ -43,6 +43,16 @@ class Reward(ABC):
             One floating-point number a picture [B]; higher is better, NaN where a picture cannot be scored.
         """
 
+    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - a reward need not object to anything
+        """Refuses prompts that it cannot score; called with all prompts of a run before any work.
+
+        Args:
+            prompts: The prompts.
+
+        Raises:
+            UserError: If one cannot be scored; the message names it.
+        """
+
     def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """Scores pictures, with the extra metrics; override it together with `extra_names`.
 

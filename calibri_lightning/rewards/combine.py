@@ -86,6 +86,18 @@ class RewardSet:
                 f"The name {repeated[0]!r} is reported by two rewards; names must differ. Remove or rename one."
             )
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Lets every reward refuse prompts that it cannot score.
+
+        Args:
+            prompts: The prompts.
+
+        Raises:
+            UserError: If a reward refuses one.
+        """
+        for reward, _ in self.weighted:
+            reward.check(prompts)
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Scores pictures.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards.base import Reward
 from calibri_lightning.shapes.captions import Scene
@@ -33,6 +34,21 @@ class ShapesReward(Reward):
             Soft scores [B].
         """
         return self.measure(images, prompts)[self.name]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuses prompts without a scene.
+
+        Args:
+            prompts: The prompts.
+
+        Raises:
+            UserError: If a prompt's metadata describes no scene.
+        """
+        for prompt in prompts:
+            try:
+                Scene.from_metadata(prompt.metadata)
+            except UserError as error:
+                raise UserError(f"The reward 'shapes' cannot score the prompt {prompt.text!r}: {error}") from error
 
     def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """Scores pictures softly and strictly.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-VALIDATION_STEP = -1
-TEST_STEP = -2
-PREDICT_STEP = -3
+VALIDATION_STEP, TEST_STEP, PREDICT_STEP = -1, -2, -3
+"""The step of a batch that is not trained on."""
 
 
 def noise_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> int:
@@ -14,7 +13,7 @@ def noise_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> in
 
     Args:
         seed: Seed of the run.
-        step: Generation or training step; -1 for validation, -2 for testing, -3 for prediction.
+        step: Generation or training step; or the step of validation, testing or prediction.
         prompt_index: Number of the prompt in its data set.
         sample_index: Number of the picture among those of the same prompt.
 

@@ -23,7 +23,7 @@ class TrainConfig:
     """Pictures drawn once and reused."""
     vae_steps: int = 1_500
     """Optimiser steps of the autoencoder."""
-    steps: int = 12_000
+    steps: int = 10_000
     """Optimiser steps of the transformer."""
     vae_batch_size: int = 16
     """Pictures a step of the autoencoder."""
@@ -47,6 +47,8 @@ class TrainConfig:
     """Seed of weights, pictures and noise."""
     device: str = "cpu"
     """Torch device."""
+    compile: bool = False
+    """Compile the transformer's blocks: a quarter less time on a CPU, where it needs a C++ compiler."""
 
 
 def cosine_rate(step: int, total: int, warmup: int) -> float:

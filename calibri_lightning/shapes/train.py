@@ -152,6 +152,9 @@ def train_transformer(
     silent = {"text_encoder_3": pipe.text_encoder_3, "tokenizer_3": pipe.tokenizer_3}
     pipe.register_modules(**dict.fromkeys(silent))
     repeated_tokens.install(pipe.transformer)
+    if config.compile:
+        for block in pipe.transformer.transformer_blocks:
+            block.compile()  # in place: the names in checkpoints stay
     num_image_tokens = latents[0, 0].numel() // pipe.transformer.config.patch_size**2
     num_text_tokens = pipe.tokenizer_max_length + 1
     device = torch.device(config.device)
@@ -217,6 +220,9 @@ def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__)
     for field in fields(TrainConfig):
+        if field.type == "bool":
+            parser.add_argument(f"--{field.name}", action="store_true")
+            continue
         kind = {"Path": Path, "int": int, "float": float, "str": str}[str(field.type)]
         required = field.name == "out"
         parser.add_argument(

@@ -34,6 +34,17 @@ class CalibratedModule(Protocol):
     def judged_by(self) -> Mapping[str, str | int]:
         """All that scores depend on besides theta, prompts and seeds; a resumed search must find it unchanged."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation prompts."""
+
+    def noise_seeds(self, batch: PromptBatch) -> Sequence[int]:
+        """Gives the seeds of a batch's pictures, one for each prompt, the same on all ranks.
+
+        Args:
+            batch: The prompts.
+        """
+
     def evaluate(
         self,
         thetas: Floats,

@@ -36,7 +36,7 @@ class StopRules:
         return any(rule is not None for rule in (self.max_images, self.max_seconds, self.patience))
 
 
-class Budget:
+class SearchBudget:
     """The generations that a search may take, and its clock.
 
     Args:

@@ -38,7 +38,8 @@ class CMAES(EvolutionStrategy):
             half of the bucket.
         cmean_final: Learning rate of the mean at the end of the budget, above 0 and at most 1; it falls from
             1.
-        weight_std: Step size of raw member weights relative to that of scales. Default: 0.2.
+        weight_std: Step size of raw member weights relative to that of scales; refused where none is learned.
+            Default: 0.2, or 1 with preset official.
         sigma_plateau: End when sigma has stayed within 2 % for so many generations.
         max_images: End before this many training images are exceeded.
         max_seconds: End after so many seconds of training, resumed parts included.

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.base import BestVector, CalibratedModule, Strategy
-from calibri_lightning.strategies.budget import Budget, StopRules
+from calibri_lightning.strategies.budget import SearchBudget, StopRules
 from calibri_lightning.strategies.history import History, Settings, check_same, digest_candidates, numerics
 from calibri_lightning.strategies.ledger import Ledger, digest
 from calibri_lightning.strategies.plan import SearchPlan
@@ -62,7 +62,7 @@ class EvolutionStrategy(Strategy, SearchPlan):
         self._rewards: Floats | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._selection = Selection()
-        self._budget: Budget | None = None
+        self._budget: SearchBudget | None = None
         self._sigmas: list[float] = []
         self._validating: Mapping[str, Floats] = {}
 
@@ -194,8 +194,15 @@ class EvolutionStrategy(Strategy, SearchPlan):
         if self._status is not None:
             return
         space, loaded, trainer = self.space(module), self._loaded, module.trainer
+        if self.stop.patience is not None and not module.validates:
+            raise UserError(
+                f"patience is {self.stop.patience}, which counts validations, but there are no validation prompts. "
+                "Name some with data.val, or remove patience."
+            )
         earlier = History.load(loaded["history"]) if loaded is not None else None
-        self._budget = Budget(self.stop, trainer.max_steps, self.num_cells(space.num_parameters), self.has_other_rule)
+        self._budget = SearchBudget(
+            self.stop, trainer.max_steps, self.num_cells(space.num_parameters), self.has_other_rule
+        )
         if loaded is not None:
             self._budget.elapsed = float(loaded["elapsed"])
         settings: Settings = {

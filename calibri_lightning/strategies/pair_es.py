@@ -25,7 +25,8 @@ class PairES(EvolutionStrategy):
         betas: Adam's decay rates of the gradient and of its square.
         final_lr_fraction: Share of lr left at the end of the budget, above 0 and at most 1; it falls
             linearly.
-        weight_std: Step size of raw member weights relative to that of scales. Default: 0.2.
+        weight_std: Step size of raw member weights relative to that of scales; refused where none is learned.
+            Default: 0.2.
         max_images: End before this many training images are exceeded.
         max_seconds: End after so many seconds of training, resumed parts included.
         patience: End after so many validations in a row without a better score.

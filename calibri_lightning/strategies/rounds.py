@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -13,7 +12,6 @@ import numpy as np
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import fingerprint
-from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies.base import CalibratedModule
 from calibri_lightning.strategies.history import digest_candidates
 from calibri_lightning.strategies.ledger import Ledger, Recall, digest
@@ -134,11 +132,7 @@ def pose(
         The task of all ranks.
     """
     thetas = core.ask(number, progress)
-    seen: Counter[int] = Counter()
-    seeds = []
-    for prompt in batch.prompts:
-        seeds.append(noise_seed(module.seed, batch.step, prompt.index, seen[prompt.index]))
-        seen[prompt.index] += 1
+    seeds = module.noise_seeds(batch)
     judged_by = json.dumps(dict(module.judged_by), sort_keys=True)
     task = digest(digest_candidates(thetas), fingerprint(batch.prompts), json.dumps(seeds), judged_by)
     recall = ledger.recall(number, task, (core.popsize, core.num_slots))

@@ -96,9 +96,17 @@ def search_space(
 
     Returns:
         The space.
+
+    Raises:
+        UserError: If a step size is given for weights that are not learned.
     """
     weights = np.array([name.endswith("/weight") for name in names])
     if weight_std is not None:
+        if not weights.any():
+            raise UserError(
+                f"weight_std is {weight_std}, but this run learns no raw member weights for it to act on. Remove it, "
+                "or set model.calibration.weight_mode to raw."
+            )
         stds = np.where(weights, weight_std, stds)
     arrays = [np.array(array, dtype=np.float64) for array in (start, lower, upper, stds)]
     return SearchSpace(*arrays)

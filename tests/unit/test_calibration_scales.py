@@ -89,17 +89,6 @@ def test_rows_are_differentiable_in_theta(mode) -> None:
     assert theta.grad[0].tolist() == pytest.approx([*sharing, *sharing, *weights])
 
 
-def test_without_drops_the_sites_and_their_names() -> None:
-    layout = build_layout(SITES, "gate", 2)
-    dead = SITES[3:5]
-    smaller = layout.without(dead)
-    assert smaller.sites == SITES[:3] + SITES[5:]
-    assert layout.num_parameters - smaller.num_parameters == 4
-    assert not any(site.name in name for site in dead for name in smaller.names)
-    with pytest.raises(UserError, match="no site to scale"):
-        layout.without(SITES)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,6 +101,7 @@ def test_without_drops_the_sites_and_their_names() -> None:
         ),
         ({"members": "cfg", "guidance_scale": float("nan")}, r"guidance_scale is nan"),
         ({"members": 2, "weight_mode": "guidance"}, r"weight_mode: guidance .* 2 member\(s\).*members: cfg"),
+        ({"members": 2, "weight_mode": "fixed"}, r"members: 2 .*weight 0.*no effect.*weight_mode: raw"),
         ({"members": "single", "granularity": "head"}, r"granularity is 'head'.*'block', 'layer', 'gate'"),
         ({"members": "single", "weight_mode": "learned"}, r"weight_mode is 'learned'"),
     ],

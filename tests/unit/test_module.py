@@ -21,7 +21,7 @@ from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.noise import noise_seed
-from calibri_lightning.trace import validation_scores
+from calibri_lightning.validation import validation_scores
 
 LAYOUTS = {
     "block": ("block", "single", "fixed"),

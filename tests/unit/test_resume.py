@@ -14,6 +14,7 @@ import torch
 from tiny_runs import CMA, OFFICIAL, PAIRS, VAL, TinyRuns, forked
 
 from calibri_lightning import read_calibration
+from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -170,6 +171,17 @@ def test_resume_under_other_settings_is_refused(
     for word in words:
         assert word in error
     assert last(path).read_bytes() == before
+
+
+def test_resume_on_another_fine_tune_of_the_model_is_refused(
+    runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs.fit("a", "--trainer.max_steps=1")
+    build_pipeline(TINY, seed=1).save_pretrained(tmp_path / "other")
+    other = f"--model.backbone.pretrained={tmp_path / 'other'}"
+    assert runs("fit", "a", f"--ckpt_path={last(path)}", other) == 2
+    assert "its model has other weights" in capsys.readouterr().err
+    assert runs("fit", "b", f"--model.init_from={path}", other) == 0, "a calibration may move to a fine-tune"
 
 
 def test_interrupt_says_how_to_go_on(
