@@ -154,7 +154,7 @@ def probe(attachment: Attachment, forward: Callable[[], Tensor]) -> tuple[Site, 
     """Finds sites that do nothing: x3 on a site must change the output, be it by one bit.
 
     Each row of the batch tries another site, so the transformer runs once for every B sites. Drop what is
-    found with `Layout.without`, then attach the remaining sites afresh.
+    found, then attach the remaining sites afresh.
 
     Args:
         attachment: The hooks to probe; their rows are unset afterwards.
