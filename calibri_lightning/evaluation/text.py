@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from calibri_lightning.evaluation.bootstrap import Interval
-from calibri_lightning.evaluation.summary import Comparison, Condition, Summary
+from calibri_lightning.evaluation.summary import AGAINST, Comparison, Condition, Summary
 
 _GAP = "   "
 
@@ -56,7 +56,7 @@ def verdict(summary: Summary) -> str:
 
 def _sentences(summary: Summary) -> list[str]:
     conditions = {condition.name: condition for condition in summary.conditions}
-    compared = (*summary.compared("equal NFE"), *summary.compared("full NFE"))
+    compared = [comparison for against in AGAINST for comparison in summary.compared(against)]
     return [_sentence(c, conditions[c.calibrated], conditions[c.base], summary.level) for c in compared]
 
 
@@ -129,7 +129,7 @@ def _differences_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
     """Two rows for each compared pair of conditions: differences, then shares of wins, ties and losses."""
     several = len({c.calibrated for c in summary.comparisons}) > 1
     rows: list[_Row] = []
-    for first in (*summary.compared("equal NFE"), *summary.compared("full NFE")):
+    for first in (comparison for against in AGAINST for comparison in summary.compared(against)):
         pair = (first.calibrated, first.base, first.against)
         found = {c.reward: c for c in summary.comparisons if (c.calibrated, c.base, c.against) == pair}
         label = f"{first.calibrated} - {first.base}" if several else f"against {first.base}"
