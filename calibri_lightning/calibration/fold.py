@@ -42,7 +42,8 @@ def fold(transformer: nn.Module, sites: Sequence[Site], scales: Tensor) -> None:
         )
     for (module, recipe), scale in zip(targets, scales.tolist(), strict=True):
         if isinstance(recipe, ColumnBlock):
-            _multiply(module.weight.data[:, recipe.start : recipe.stop], scale)
+            weight = module.get_parameter("weight")
+            _multiply(weight.data[:, recipe.start : recipe.stop], scale)
         else:
             n, index = (recipe.n, recipe.index) if isinstance(recipe, RowChunk) else (1, 0)
             scale_rows(module, scale, n, index)

@@ -104,9 +104,10 @@ LoRA weights are refused too.
 COUNTS = """
 ## Scales of full-size models
 
-Scales with `granularity` block / layer / gate, counted on the meta device. Where the size is given, the model has the
-published number of parameters within 3 %; a class default was not checked against a released configuration. Sites that
-reach no output count here; a run finds them with its probe and drops them (Qwen-Image: 238 of 240 remain).
+Scales with `granularity` block / layer / gate, counted on the meta device. Where a size is given, the transformer that
+was counted has it within 3 %, as the released weights do; a class default was not checked against a released
+configuration. Sites that reach no output count here; a run finds them with its probe and drops them (Qwen-Image: 238 of
+240 remain).
 
 | model | class | parameters | block / layer / gate | with options | without effect |
 |---|---|---|---|---|---|

@@ -26,7 +26,7 @@ class FullSize:
     counts: Counts
     config: dict[str, Any] = field(default_factory=dict)
     billions: float | None = None
-    """Published number of parameters, in 10^9: it tells the released model from one of my making."""
+    """Parameters of the released transformer, in 10^9: they tell it from one of my making."""
     optional: Counts | None = None
     """Counts with every option that the model has a use for."""
 
@@ -96,7 +96,7 @@ FULL_SIZES = (
     FullSize("Ideogram 4 (class default)", "Ideogram4Transformer2DModel", (34, 68, 68)),
     FullSize("FIBO 2 (class default)", "BriaFibo2Transformer2DModel", (46, 97, 97)),
     FullSize("Lumina-Image-2.0", "Lumina2Transformer2DModel", (30, 60, 60), {"cap_feat_dim": 2304}, 2.61),
-    FullSize("Lumina-Next (class default)", "LuminaNextDiT2DModel", (32, 64, 64)),
+    FullSize("Lumina-Next-SFT", "LuminaNextDiT2DModel", (24, 48, 48), {"num_layers": 24, "num_kv_heads": 8}),
     FullSize("HiDream-I1", "HiDreamImageTransformer2DModel", (48, 96, 128), HIDREAM, 17.1),
     FullSize("CogView3-Plus-3B", "CogView3PlusTransformer2DModel", (30, 60, 120), {}, 2.85),
     FullSize("CogView4-6B", "CogView4Transformer2DModel", (28, 56, 112), COGVIEW4, 6.37),
@@ -107,7 +107,7 @@ FULL_SIZES = (
     FullSize("Sana-1.6B", "SanaTransformer2DModel", (20, 40, 40), {}, 1.6, (20, 60, 60)),
     FullSize("SANA-Video (class default)", "SanaVideoTransformer3DModel", (20, 40, 40), optional=(20, 60, 60)),
     FullSize("PixArt-Sigma", "PixArtTransformer2DModel", (28, 56, 56), PIXART, 0.61, (28, 84, 84)),
-    FullSize("DiT-XL-2", "DiTTransformer2DModel", (28, 56, 56), {}, 0.675),
+    FullSize("DiT-XL-2", "DiTTransformer2DModel", (28, 56, 56)),
     FullSize("LTX-Video-2B", "LTXVideoTransformer3DModel", (28, 56, 56), {}, 1.92, (28, 84, 84)),
     FullSize("Wan2.1-14B", "WanTransformer3DModel", (40, 80, 80), {}, 14.3, (40, 120, 120)),
     FullSize("Wan2.1-1.3B", "WanTransformer3DModel", (30, 60, 60), WAN_SMALL, 1.42, (30, 90, 90)),

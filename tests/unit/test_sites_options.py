@@ -219,3 +219,14 @@ def test_what_is_passed_over_has_no_sites_and_its_siblings_stay_refused() -> Non
     model["text"].append(OtherProjection())
     with pytest.raises(UserError, match=r"class OtherProjection at 'text\.1'"):
         find_sites(model)
+
+
+def test_options_and_names_are_the_same_under_a_lora() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_flux()
+    before = find_sites(model, SPLIT)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["proj_out", "to_q"]))
+    assert find_sites(wrapped, SPLIT) == before
+    with pytest.raises(UserError, match=r"proj_out' is under a LoRA.*Merge"):
+        fold(wrapped, before, torch.ones(len(before)))

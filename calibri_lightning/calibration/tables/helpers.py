@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from calibri_lightning.calibration.sites import (
@@ -112,8 +114,8 @@ def fused(block: nn.Module, gate: Hook, fold: Fold, projection: str) -> tuple[Ro
     Returns:
         The row of the whole, and the rows of the halves for `SiteOptions.split_fused`.
     """
-    linear = block.get_submodule(projection)
-    width, total = int(linear.out_features), int(linear.in_features)
+    linear: Any = block.get_submodule(projection)
+    width, total = linear.out_features, linear.in_features
     halves: tuple[tuple[Layer, int, int], ...] = (("attn", 0, width), ("mlp", width, total))
     return (
         Row("fused", "joint", gate, fold, "fused"),
