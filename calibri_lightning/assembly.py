@@ -13,6 +13,7 @@ from calibri_lightning.calibration import (
     Granularity,
     Layout,
     MemberSpec,
+    SiteOptions,
     WeightMode,
     attach,
     build_layout,
@@ -36,12 +37,16 @@ class CalibrationConfig:
         guidance_scale: Guidance at the start, for cfg.
         weight_mode: What is learned about the members' weights: fixed (nothing), raw (each) or guidance (strength and
             guidance).
+        cross_attention: Scale cross-attentions that the model itself does not gate, too (Wan, LTX, Sana, PixArt).
+        split_fused: Scale attention and MLP of single-stream blocks apart (FLUX and its kin).
     """
 
     granularity: Granularity = "gate"
     members: MemberSpec = "cfg"
     guidance_scale: float = 7.0
     weight_mode: WeightMode = "raw"
+    cross_attention: bool = False
+    split_fused: bool = False
 
 
 def assemble(backbone: Backbone, config: CalibrationConfig) -> tuple[Layout, Attachment]:
@@ -55,10 +60,11 @@ def assemble(backbone: Backbone, config: CalibrationConfig) -> tuple[Layout, Att
         The meaning of theta, and the hooks.
 
     Raises:
-        UserError: If the transformer's blocks are unknown, or the configuration is out of its range.
+        UserError: If the transformer's blocks are unknown, or the configuration is out of its range or asks for
+            sites that the transformer lacks.
     """
     transformer = backbone.transformer
-    sites = find_sites(transformer)
+    sites = find_sites(transformer, SiteOptions(config.cross_attention, config.split_fused))
     attachment = attach(transformer, sites)
     dead = probe(attachment, lambda: _probe_forward(backbone))
     if dead:

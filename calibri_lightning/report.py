@@ -77,6 +77,7 @@ class RunReport:
             granularity=module.layout.granularity,
             members=module.layout.members,
             weight_mode=module.layout.weight_mode,
+            site_options=module.layout.site_options,
             model=fingerprint(module.backbone.transformer, module.backbone.name),
             obtained_by=ObtainedBy(
                 strategy=type(module.strategy).__name__,
