@@ -133,9 +133,11 @@ def _differences_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
         pair = (first.calibrated, first.base, first.against)
         found = {c.reward: c for c in summary.comparisons if (c.calibrated, c.base, c.against) == pair}
         label = f"{first.calibrated} - {first.base}" if several else f"against {first.base}"
+        if first.against != "weights alone":  # which the name says already
+            label += f"  ({first.against})"
         stars = [" *" if found[name].difference.excludes(0.0) else "" for name in rewards]
         texts = [format_interval(found[name].difference, signed=True) for name in rewards]
-        rows.append((f"{label}  ({first.against})", [t + s for t, s in zip(texts, stars, strict=True)]))
+        rows.append((label, [t + s for t, s in zip(texts, stars, strict=True)]))
         rows.append(("  win / tie / loss", [_shares(found[name]) for name in rewards]))
     return rows
 
@@ -174,10 +176,14 @@ def _align(columns: Sequence[Sequence[str]]) -> list[str]:
 def _closing(summary: Summary) -> list[str]:
     budget = summary.budget
     dropped = max(i.dropped for means in summary.means for i in means.values())
+    cost = (
+        f"Calibration cost: {budget.images:,} images, {budget.forwards:,} forwards, "
+        f"{budget.device_seconds:,.0f} device-seconds."
+    )
     return [
         *([f"Up to {dropped} pictures of a condition had no finite reward and are left out."] if dropped else []),
         "",
-        f"Calibration cost: {budget.images:,} images, {budget.forwards:,} forwards, "
-        f"{budget.device_seconds:,.0f} device-seconds.",
+        # Only the run that made a calibration knows its cost.
+        *([cost] if budget.images else []),
         f"Calibration: {summary.calibration}",
     ]

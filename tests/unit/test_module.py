@@ -294,7 +294,7 @@ def test_test_and_validate_work_from_a_calibration_and_from_a_checkpoint(
         assert Path(document["calibration"]).is_file()
         summaries[name] = document["conditions"]
     assert summaries["i"] == summaries["c"]
-    assert [condition["role"] for condition in summaries["i"]] == ["base", "base", "calibrated"]
+    assert [condition["role"] for condition in summaries["i"]] == ["base", "base", "weights", "calibrated"]
 
     validated = runs.fit("b", *CMA, "--trainer.max_steps=1")
     score = read_calibration(validated / "calibration.json").obtained_by
