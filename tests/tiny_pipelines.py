@@ -329,7 +329,7 @@ def krea2(distilled: bool = False) -> DiffusionPipeline:
 
 
 def wan() -> DiffusionPipeline:
-    """Text to video, spatial factor 2 and no temporal one."""
+    """Text to video, spatial and temporal factor 2."""
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
     vae = AutoencoderKLWan(
@@ -337,10 +337,10 @@ def wan() -> DiffusionPipeline:
         z_dim=4,
         dim_mult=[1, 2],
         num_res_blocks=1,
-        temperal_downsample=[False],
+        temperal_downsample=[True],
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-        scale_factor_temporal=1,
+        scale_factor_temporal=2,
         scale_factor_spatial=2,
     )
     transformer = WanTransformer3DModel(

@@ -14,14 +14,9 @@ from torch import Tensor, nn
 
 from calibri_lightning.backbones.base import Backbone
 from calibri_lightning.backbones.conditioning import Conditioning
-from calibri_lightning.backbones.loading import DType, first_line, freeze, load_pipeline
-from calibri_lightning.backbones.stock_checks import (
-    call_parameters,
-    check_arguments,
-    check_pipeline,
-    remember_embeddings,
-    side,
-)
+from calibri_lightning.backbones.loading import DType, freeze, load_pipeline
+from calibri_lightning.backbones.stock_call import Argument, StockCall, remember_embeddings
+from calibri_lightning.backbones.stock_checks import check_arguments, check_pipeline, side
 from calibri_lightning.backbones.stock_passes import Passes, Role, find_passes, steered
 from calibri_lightning.errors import UserError
 
@@ -31,9 +26,6 @@ if TYPE_CHECKING:
     from calibri_lightning.calibration.attach import Attachment
     from calibri_lightning.calibration.scales import Member, MemberSpec, Rows, WeightMode
     from calibri_lightning.sampling.rollout import Samples
-
-Argument = bool | int | float | str
-"""A further argument of a pipeline's call."""
 
 
 class Stock(Backbone):
@@ -106,13 +98,10 @@ class Stock(Backbone):
         Backbone.__init__(self)
         check_pipeline(pipe)
         check_arguments(pipe, arguments or {}, num_frames)
-        self._arguments: dict[str, Any] = dict(arguments or {})
-        if num_frames is not None:
-            self._arguments["num_frames"] = num_frames
-        self._parameters = frozenset(call_parameters(pipe))
+        self.image_size = (side(pipe, "height", height), side(pipe, "width", width))
+        self._call = StockCall(pipe, self.image_size, num_frames, arguments or {})
         self.name = str(pipe.config.get("_name_or_path") or "")
         self.pipeline, self.transformer, self.dtype = pipe, pipe.transformer, pipe.transformer.dtype
-        self.image_size = (side(pipe, "height", height), side(pipe, "width", width))
         self._texts: list[str] = []
         self._passes: dict[float | None, Passes] = {}
         self._captured: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -126,11 +115,6 @@ class Stock(Backbone):
     def text_encoders(self) -> nn.ModuleList:
         """None to be moved apart: a stock pipeline wants all its networks on one device."""
         return nn.ModuleList()
-
-    @property
-    def _guidance_argument(self) -> str | None:
-        known = (name for name in ("true_cfg_scale", "guidance_scale") if name in self._parameters)
-        return next(known, None)
 
     def check_members(self, members: MemberSpec, weight_mode: WeightMode) -> None:
         """Refuses what needs another formula than the pipeline's own.
@@ -147,7 +131,7 @@ class Stock(Backbone):
                 f"members: {members}, weight_mode: {weight_mode} was given, but Stock leaves the combination of "
                 "velocities to the pipeline. Use members: single or cfg with weight_mode: fixed, or a native backbone."
             )
-        if members == "cfg" and self._guidance_argument is None:
+        if members == "cfg" and self._call.guidance_argument is None:
             raise UserError(
                 f"members is cfg, but {type(self.pipeline).__name__} takes no guidance scale in its call. "
                 "Use members: single."
@@ -215,7 +199,7 @@ class Stock(Backbone):
         for row, (text, other, seed) in enumerate(zip(texts, others, noise.tolist(), strict=True)):
             scales = dict(zip(roles, rows.scales[row].float(), strict=True))
             with steered(self.transformer, attachment, passes, scales) as count:
-                pictures.append(self._picture(text, other, seed, num_steps, guidance))
+                pictures.append(self._call.picture(text, other, seed, num_steps, guidance))
             if count.forwards != num_steps * len(passes):
                 raise UserError(
                     f"{type(self.pipeline).__name__} ran {count.forwards} forwards in {num_steps} steps, not "
@@ -226,10 +210,10 @@ class Stock(Backbone):
 
     def _find_passes(self, guidance: float | None) -> Passes:
         if guidance not in self._passes:
-            passes = find_passes(self.transformer, lambda text, n: self._call(text, "", 0, n, guidance, "latent"))
+            passes = find_passes(self.transformer, lambda text, n: self._call.run(text, "", 0, n, guidance))
             guided = "negative" in (role for call in passes for role in call)
             if guided != (guidance is not None):
-                name = self._guidance_argument
+                name = self._call.guidance_argument
                 raise UserError(
                     "members is single, but the pipeline runs a negative prompt beside each prompt. Use members: cfg, "
                     f"or switch its guidance off under arguments, {{{name}: 1.0}} for most pipelines."
@@ -240,47 +224,6 @@ class Stock(Backbone):
                 )
             self._passes[guidance] = passes
         return self._passes[guidance]
-
-    def _picture(self, text: str, negative: str, seed: int, num_steps: int, guidance: float | None) -> Tensor:
-        picture = self._call(text, negative, seed, num_steps, guidance, "pt").float()
-        if tuple(picture.shape[-2:]) != self.image_size:
-            height, width = picture.shape[-2:]
-            raise UserError(
-                f"Pictures of {self.image_size[0]} x {self.image_size[1]} pixels were asked for, but "
-                f"{type(self.pipeline).__name__} makes them {height} x {width}. Set height to {height} and width to "
-                f"{width}."
-            )
-        return picture
-
-    def _call(
-        self, text: str, negative: str, seed: int, num_steps: int, guidance: float | None, output_type: str
-    ) -> Tensor:
-        arguments = dict(self._arguments)
-        if guidance is not None:
-            arguments[str(self._guidance_argument)] = guidance
-            if "negative_prompt" in self._parameters:
-                arguments["negative_prompt"] = negative
-            elif negative:
-                raise UserError(
-                    f"The negative prompt is {negative!r}, but {type(self.pipeline).__name__} takes none. Leave "
-                    "negative prompts out of the data."
-                )
-        try:
-            output = self.pipeline(
-                prompt=text,
-                height=self.image_size[0],
-                width=self.image_size[1],
-                num_inference_steps=num_steps,
-                generator=torch.Generator().manual_seed(seed),
-                output_type=output_type,
-                **arguments,
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{type(self.pipeline).__name__} refuses its call ({first_line(error)}). Correct height, width, "
-                "num_frames or arguments."
-            ) from error
-        return output[0]
 
     @torch.no_grad()
     def probe_forward(self, num_rows: int) -> Tensor:
@@ -298,7 +241,7 @@ class Stock(Backbone):
                 lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
             )
             try:
-                self._call("", "", 0, 1, None, "latent")
+                self._call.run("", "", 0, 1, None)
             finally:
                 handle.remove()
             self._captured = seen[0]

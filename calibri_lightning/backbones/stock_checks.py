@@ -1,13 +1,10 @@
-"""What `Stock` asks of a pipeline, and the one thing that it changes: embeddings are remembered."""
+"""What `Stock` asks of a pipeline, checked before it is used."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from calibri_lightning.errors import UserError
 
@@ -118,39 +115,3 @@ def side(pipe: DiffusionPipeline, name: str, given: int | None) -> int:
             f"{max(round(size / multiple), 1) * multiple}."
         )
     return int(size)
-
-
-def remember_embeddings(pipe: DiffusionPipeline) -> None:
-    """Makes a pipeline encode each text once: its calls ask `encode_prompt` again for every picture.
-
-    Args:
-        pipe: The pipeline, changed in place. What it remembers is on the CPU.
-    """
-    stock = getattr(pipe, "encode_prompt", None)
-    if stock is None:
-        return
-    known: dict[str, object] = {}
-
-    def encode_prompt(*args: object, **kwargs: object) -> object:
-        if not _is_plain((*args, *kwargs.values())):
-            return stock(*args, **kwargs)
-        key = repr((args, sorted(kwargs.items())))
-        if key not in known:
-            known[key] = _copied(stock(*args, **kwargs), torch.device("cpu"))
-        return _copied(known[key], pipe.transformer.device)
-
-    pipe.encode_prompt = encode_prompt
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a value is told by its `repr`."""
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, str | int | float | torch.device | torch.dtype)
-
-
-def _copied(value: object, device: torch.device) -> object:
-    """Copies tensors: a pipeline may change its embeddings in place."""
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item, device) for item in value)
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value

@@ -17,6 +17,7 @@ from sampling_tools import draw
 from calibri_lightning.assembly import CalibrationConfig, assemble
 from calibri_lightning.backbones import FLUX1, SD3, Stock
 from calibri_lightning.backbones.native import Native
+from calibri_lightning.backbones.stock_call import StockCall
 from calibri_lightning.backbones.stock_passes import find_passes
 from calibri_lightning.calibration.attach import attach
 from calibri_lightning.calibration.scales import Layout, Rows, build_layout
@@ -112,7 +113,7 @@ def test_the_forwards_of_each_way_to_guide_are_recognised(build, guidance, passe
 
     def run(prompt: str, num_steps: int) -> None:
         pipe(
-            prompt,
+            prompt=prompt,
             height=side,
             width=side,
             num_inference_steps=num_steps,
@@ -159,12 +160,11 @@ def test_what_needs_another_formula_than_the_pipelines_is_refused(members, mode)
         assemble(Stock.of(sd3()), CalibrationConfig("block", members, 3.0, mode))
 
 
-def test_a_model_without_guidance_takes_no_negative_prompt() -> None:
-    class Unguided(Stock):
-        _guidance_argument = None
-
+def test_a_model_without_guidance_takes_no_negative_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StockCall, "guidance_argument", None)
     with pytest.raises(UserError, match="StableDiffusion3Pipeline takes no guidance scale"):
-        Unguided.of(sd3()).check_members("cfg", "fixed")
+        Stock.of(sd3()).check_members("cfg", "fixed")
+    monkeypatch.undo()
     klein = Stock.of(tiny.fresh(tiny.flux2_klein), 8, 8)
     with pytest.raises(UserError, match="negative prompt is 'blurry', but Flux2KleinPipeline takes none"):
         draw(klein, [1], [PROMPTS[0]], ["blurry"], [[2.0, -1.0]])
@@ -225,6 +225,9 @@ def test_a_video_pipeline_gives_frames_and_a_reward_the_middle_one() -> None:
         output_type="pt",
     ).frames
     assert torch.equal(videos[:1], expected)
+    rounded = Stock.of(tiny.fresh(tiny.wan), 16, 32, num_frames=4, arguments=UNGUIDED)
+    with pytest.raises(UserError, match="4 frames were asked for, but WanPipeline makes 5"):
+        draw(rounded, SEEDS[:1], PROMPTS[:1], num_steps=1)
 
     def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
         return images.flatten(1).mean(dim=1)
