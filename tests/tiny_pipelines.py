@@ -356,3 +356,37 @@ def wan() -> DiffusionPipeline:
     )
     tokenizer, encoder = t5(umt5=True)
     return WanPipeline(tokenizer, encoder, vae, scheduler(dynamic=False), transformer)
+
+
+def ltx() -> DiffusionPipeline:
+    """Text to video; prompt and negative prompt are rows of one forward."""
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        down_block_types=("LTXVideoDownBlock3D",) * 2,
+        spatio_temporal_scaling=(True, False),
+        decoder_spatio_temporal_scaling=(True, False),
+        decoder_inject_noise=(False,) * 3,
+        downsample_type=("conv",) * 2,
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+    )
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=TEXT_WIDTH,
+    )
+    tokenizer, encoder = t5()
+    return LTXPipeline(scheduler(), vae, encoder, tokenizer, transformer)

@@ -21,7 +21,7 @@ from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.schedule import dynamic_shift, even_sigmas, shifted_sigmas
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 
 PIXELS_PER_DECODE = 2**22
 """Pixels that the autoencoder decodes at once: 16 pictures of 512 x 512."""
@@ -34,6 +34,7 @@ class Native(Backbone):
     """Pipeline classes of diffusers that the backbone takes apart."""
     text_components: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """The pipeline's components that only encode texts."""
+    transformer: ModelMixin
 
     def __init_subclass__(cls) -> None:
         """Notes whose backbone this is, so that error messages can name it."""

@@ -38,7 +38,7 @@ class Count:
     """Rows of all calls."""
 
 
-def find_passes(transformer: nn.Module, run: Callable[[str, int], None]) -> Passes:
+def find_passes(transformer: nn.Module, run: Callable[[str, int], object]) -> Passes:
     """Observes a pipeline.
 
     Args:
@@ -116,7 +116,7 @@ def steered(
         attachment.set_rows(None)
 
 
-def _observe(transformer: nn.Module, run: Callable[[str, int], None], prompt: str) -> list[list[list[Tensor]]]:
+def _observe(transformer: nn.Module, run: Callable[[str, int], object], prompt: str) -> list[list[list[Tensor]]]:
     """The tensors that each row of each forward saw: [forward][row][tensor]."""
     seen: list[list[list[Tensor]]] = []
 

@@ -27,6 +27,7 @@ from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards.base import FunctionReward
 from calibri_lightning.rewards.combine import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
 PROMPTS, NEGATIVES, SEEDS = ["a red circle", "two green squares"], ["", "a red circle"], [3, 2**62 + 5]
@@ -208,37 +209,46 @@ def test_each_text_is_encoded_once_and_a_change_in_place_does_not_reach_the_memo
     assert torch.equal(draw(backbone, [1], PROMPTS[:1]).latents, first[:1])
 
 
-def test_a_video_pipeline_gives_frames_and_a_reward_the_middle_one() -> None:
-    backbone = Stock.of(tiny.fresh(tiny.wan), 16, 32, num_frames=3)
-    videos = draw(backbone, SEEDS, PROMPTS, NEGATIVES, [[2.0, -1.0]] * 2, num_steps=2).latents
-    assert videos.shape == (2, 3, 3, 16, 32)
-    assert torch.equal(backbone.decode(videos), videos)
-    expected = tiny.fresh(tiny.wan)(
-        PROMPTS[0],
+@pytest.mark.parametrize("build", [tiny.wan, tiny.ltx])
+def test_a_video_pipeline_gives_the_frames_of_its_own_call(build) -> None:
+    backbone = Stock.of(tiny.fresh(build), 32, 64, num_frames=3)
+    videos = draw(backbone, SEEDS, PROMPTS, NEGATIVES, [[2.0, -1.0]] * 2, num_steps=2)
+    assert videos.latents.shape == (2, 3, 3, 32, 64)
+    assert videos.num_forwards == 2 * 2 * 2
+    assert torch.equal(backbone.decode(videos.latents), videos.latents)
+    expected = tiny.fresh(build)(
+        prompt=PROMPTS[0],
         negative_prompt=NEGATIVES[0],
-        height=16,
-        width=32,
+        height=32,
+        width=64,
         num_frames=3,
         num_inference_steps=2,
         guidance_scale=2.0,
         generator=torch.Generator().manual_seed(SEEDS[0]),
         output_type="pt",
     ).frames
-    assert torch.equal(videos[:1], expected)
+    assert torch.equal(videos.latents[:1], expected)
+
+
+def test_a_number_of_frames_that_the_pipeline_rounds_is_refused() -> None:
     rounded = Stock.of(tiny.fresh(tiny.wan), 16, 32, num_frames=4, arguments=UNGUIDED)
-    with pytest.raises(UserError, match="4 frames were asked for, but WanPipeline makes 5"):
+    with pytest.raises(UserError, match=r"4 frames were asked for, but WanPipeline makes 5\. Set num_frames to 5\."):
         draw(rounded, SEEDS[:1], PROMPTS[:1], num_steps=1)
 
+
+def test_a_reward_gets_the_middle_frame_unless_it_takes_videos() -> None:
     def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
         return images.flatten(1).mean(dim=1)
 
+    videos = torch.rand(2, 4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
     prompts = [Prompt(index=i, text=text) for i, text in enumerate(PROMPTS)]
     one = RewardSet.of((FunctionReward("one", brightness), 1.0)).score(videos, prompts).total
-    torch.testing.assert_close(one, videos[:, 1].flatten(1).mean(dim=1))
+    torch.testing.assert_close(one, videos[:, 2].flatten(1).mean(dim=1))
     brightness.takes_frames = True  # type: ignore[attr-defined]
     every = RewardSet.of((FunctionReward("every", brightness), 1.0)).score(videos, prompts).total
     torch.testing.assert_close(every, videos.flatten(1).mean(dim=1))
     assert (one - every).abs().max() > 1e-4
+    assert torch.equal(middle_frame(videos[:, 0]), videos[:, 0])
 
 
 def test_unusable_pipelines_are_refused() -> None:
