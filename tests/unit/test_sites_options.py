@@ -83,7 +83,7 @@ def test_an_option_without_use_is_refused(options: SiteOptions, message: str) ->
 
 
 def test_the_configuration_reaches_the_sites() -> None:
-    backbone: Any = SimpleNamespace(transformer=tiny_sd3())
+    backbone: Any = SimpleNamespace(transformer=tiny_sd3(), check_members=lambda *_: None)
     with pytest.raises(UserError, match="cross_attention: true"):
         assemble(backbone, CalibrationConfig(cross_attention=True))
     with pytest.raises(UserError, match="split_fused: true"):
