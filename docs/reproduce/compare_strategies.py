@@ -39,7 +39,11 @@ SETTINGS = {
     ),
     "r2": Setting("R2: R1 and halving (CMAES default)", ("CMAES",), 256),
     "p2": Setting("P2: antithetic pairs (PairES)", ("PairES",), 128),
+    "block": Setting("P2, a scale for each block", ("PairES", "--model.calibration.granularity=block"), 128),
+    "gate": Setting("P2, a scale for each gate", ("PairES", "--model.calibration.granularity=gate"), 128),
+    "raw": Setting("P2, raw member weights", ("PairES", "--model.calibration.weight_mode=raw"), 128),
 }
+STRATEGIES = ("official", "r1", "r2", "p2")
 
 
 def run(key: str, seed: int, images: int, points: int, out: Path, extra: list[str]) -> Path:
@@ -81,7 +85,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3072, help="training images of each run")
     parser.add_argument("--points", type=int, default=3, help="validations of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", default=list(STRATEGIES), choices=SETTINGS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--extra", nargs="*", default=[], help="further options of every fit")
