@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import checkpoint, last
 from tiny_runs import Capture, TinyRuns, refused
 
 from calibri_lightning.shapes.pipeline import TINY, PipelineConfig, build_pipeline
@@ -87,14 +87,13 @@ def test_calibration_and_checkpoint_of_another_model(
     build_pipeline(other).save_pretrained(tmp_path / "other")
     model = f"--model.backbone.pretrained={tmp_path / 'other'}"
     assert "another architecture" in refused(runs, capsys, model, f"--model.init_from={calibrated}")
-    checkpoint = f"--ckpt_path={calibrated / 'checkpoints' / 'last.ckpt'}"
-    assert "does not fit this run" in refused(runs, capsys, model, checkpoint, command="test")
+    assert "does not fit this run" in refused(runs, capsys, model, f"--ckpt_path={last(calibrated)}", command="test")
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_checkpoint_of_another_layout(runs: TinyRuns, calibrated: Path, capsys: Capture, command: str) -> None:
     """Both have 16 parameters, so shapes alone would not tell them apart."""
-    flags = (f"--ckpt_path={calibrated / 'checkpoints' / 'last.ckpt'}", "--model.calibration.weight_mode=raw")
+    flags = (f"--ckpt_path={last(calibrated)}", "--model.calibration.weight_mode=raw")
     message = refused(runs, capsys, *flags, "--data.predict_prompts=[a red circle]", command=command)
     assert "16 parameters" in message
     assert "weight_mode" in message
@@ -128,7 +127,7 @@ def test_damaged_checkpoint(
     damage: Callable[[Path], None],
     words: list[str],
 ) -> None:
-    path = shutil.copy(calibrated / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
+    path = shutil.copy(last(calibrated), tmp_path / "last.ckpt")
     damage(Path(path))
     message = refused(runs, capsys, f"--ckpt_path={path}")
     for word in (*words, "init_from"):
@@ -189,11 +188,11 @@ def test_full_disk_loses_no_checkpoint(
     assert captured.err.count("error:") == 1
     assert "No space left on device" in captured.err
     assert "Traceback" not in captured.err
-    last = runs.latest("cut") / "checkpoints" / "last.ckpt"
-    assert f"--ckpt_path {last}" in captured.err
-    assert torch.load(io.BytesIO(last.read_bytes()), weights_only=True)["global_step"] in (1, 2)
-    assert not list(last.parent.glob(".*")), "no half-written file is left"
-    resumed = runs.fit("cut", *flags, f"--ckpt_path={last}")
+    path = runs.latest("cut")
+    assert f"--ckpt_path {last(path)}" in captured.err
+    assert checkpoint(path)["global_step"] in (1, 2)
+    assert not list(last(path).parent.glob(".*")), "no half-written file is left"
+    resumed = runs.fit("cut", *flags, f"--ckpt_path={last(path)}")
     assert (resumed / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
 
 
@@ -208,7 +207,5 @@ def test_full_disk_loses_no_checkpoint(
 )
 def test_resume_under_another_judge(runs: TinyRuns, calibrated: Path, capsys: Capture, changed: str) -> None:
     # Scores of the two halves of such a run could not be compared.
-    path = calibrated / "checkpoints" / "last.ckpt"
-    assert "set up otherwise" in refused(
-        runs, capsys, f"--ckpt_path={path}", "--trainer.max_steps=3", changed, worked=True
-    )
+    flags = (f"--ckpt_path={last(calibrated)}", "--trainer.max_steps=3", changed)
+    assert "set up otherwise" in refused(runs, capsys, *flags, worked=True)
