@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from calibration_models import relative
 from site_models import CASES, Case, Tiny
 from torch import Tensor
 
@@ -36,10 +37,6 @@ def hooked(tiny: Tiny, options: SiteOptions) -> Iterator[Attachment]:
 def draw(rows: int, num_sites: int, low: float, high: float) -> Tensor:
     uniform = torch.rand(rows, num_sites, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return low + (high - low) * uniform
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @EVERY
