@@ -21,15 +21,15 @@ def test_a_drawn_scene_satisfies_itself() -> None:
     many = [scenes()[i] for i in rng(2).integers(len(scenes()), size=300)] + [s for s in scenes() if not s.relation]
     scores = CHECKER.score(draw(many, 3), many)
     assert scores.strict.mean() >= 0.97
-    assert (scores.soft > 0.9).float().mean() >= 0.97
-    assert scores.soft.min() > 0.7
+    assert scores.soft.mean() > 0.85
+    assert scores.soft.min() > 0.55
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])
 def test_other_resolutions_score_alike(size: int) -> None:
     scores = CHECKER.score(draw(WANTED, 4, size), WANTED)
     assert scores.strict.mean() >= 0.9
-    assert scores.soft.mean() >= 0.95
+    assert scores.soft.mean() >= 0.85
 
 
 def with_first(scene: Scene, **changes: object) -> Scene:
@@ -77,7 +77,8 @@ def test_another_scene_is_never_strictly_right(change: Callable[[Scene, int], Sc
     scores = CHECKER.score(draw([shown for _, shown in pairs if shown], 5), asked)
     assert len(asked) > 25
     assert scores.strict.sum() == 0
-    assert scores.soft.mean() < 0.7 * true_scores().soft.mean()
+    # One wrong attribute among many right ones is enough: what is right elsewhere does not make up for it.
+    assert scores.soft.mean() < 0.25 * true_scores().soft.mean()
 
 
 def test_a_third_object_is_wrong() -> None:
@@ -156,4 +157,4 @@ MILD: dict[str, Callable[[Tensor], Tensor]] = {
 def test_mild_corruption_is_forgiven(name: str) -> None:
     scores = CHECKER.score(MILD[name](true_pictures()), WANTED)
     assert scores.strict.mean() >= 0.85
-    assert scores.soft.mean() >= 0.93
+    assert scores.soft.mean() >= 0.82
