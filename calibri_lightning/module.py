@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
+from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.assembly import CalibrationConfig, assemble
 from calibri_lightning.backbones import Backbone
 from calibri_lightning.checkpoint import KEY, describe, keep_trainable, load_start, require_same, run_checkpoint
@@ -30,7 +31,6 @@ from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
 from calibri_lightning.trace import Trace, stats_of
 from calibri_lightning.validation import Validation
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 PARTS = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ()}
 """The prompts that a stage scores, or prepares to score."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -172,7 +172,7 @@ class CalibriModule(LightningModule):
         thetas: Floats,
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
-        cells: np.ndarray[Any, np.dtype[np.bool_]] | None = None,
+        cells: Cells | None = None,
         num_steps: int | None = None,
         done: Callable[[UnitResult], None] | None = None,
         known: Floats | None = None,

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from calibri_lightning.arrays import Floats
 
 MOST_FAILED = 0.25
 """Share of the validation prompts that may fail for every vector before there is no score."""

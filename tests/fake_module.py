@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.sampling.grid import Cell, Evaluation, UnitResult, cut_units
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies import CMAES, EvolutionStrategy, PairES
-from calibri_lightning.strategies.search import Cells, Floats
 
 N = 6
 TARGET = np.array([0.8, 1.2, 0.9, 1.1, 1.05, 0.7])

@@ -15,11 +15,10 @@ import cma
 import numpy as np
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
+from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.search import (
     FAILED,
-    Cells,
-    Floats,
     SearchCore,
     SearchSpace,
     generation_stream,

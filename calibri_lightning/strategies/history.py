@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.ledger import digest
-from calibri_lightning.strategies.search import Floats, SearchCore
+from calibri_lightning.strategies.search import SearchCore
 
 Settings = Mapping[str, str | int | float]
 

@@ -19,12 +19,12 @@ from fake_module import (
 )
 from lightning.pytorch import Callback
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.sampling.grid import Evaluation
 from calibri_lightning.strategies import CMAES, EvolutionStrategy, PairES
 from calibri_lightning.strategies.cma_core import CMACore
-from calibri_lightning.strategies.search import Floats
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
