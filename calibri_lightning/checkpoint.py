@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from calibri_lightning.atomic import replacing
 from calibri_lightning.calibration import (
     Layout,
     SiteOptions,
@@ -51,18 +51,13 @@ class CheckpointFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as stream:
-                stream.write(buffer.getvalue())
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
+            with replacing(target) as temporary:
+                temporary.write_bytes(buffer.getvalue())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(
                 f"The checkpoint cannot be written to {target} ({error.strerror or error}). Free space, or choose "
                 "another folder with --trainer.default_root_dir; a checkpoint that was there before is untouched."

@@ -6,10 +6,8 @@ stamp, so that an interrupted and resumed run writes the same bytes as an uninte
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from calibri_lightning.atomic import replacing
 from calibri_lightning.calibration.fingerprint import ModelFingerprint, fingerprint
 from calibri_lightning.calibration.scales import Layout, Member, WeightMode, choose
 from calibri_lightning.calibration.sites import DEFAULT_OPTIONS, Granularity, SiteOptions, find_sites
@@ -147,17 +146,10 @@ def write_calibration(path: str | Path, file: CalibrationFile) -> None:
     """
     path = Path(path)
     text = json.dumps(_document(file), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(
             f"The calibration cannot be written to {path}: {error.strerror or error}. The folder must exist, "
             "be writable and have space. Choose another place; a calibration that was there before is "
@@ -302,13 +294,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise UserError(f"{twice!r} is there twice. Each name stands once: use the original file.")
     return document
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where the system knows how to."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
