@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.assembly import CalibrationConfig, assemble
 from calibri_lightning.backbones import Backbone
-from calibri_lightning.checkpoint import KEY, describe, keep_trainable, load_start, require_same, run_checkpoint
+from calibri_lightning.calibration import load_start
+from calibri_lightning.checkpoint import run_checkpoint
 from calibri_lightning.conditions import Conditions
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.progress import GenerationStats
 from calibri_lightning.evaluation.summary import Budget
 from calibri_lightning.prompts import Prompt, PromptBatch, fingerprint
 from calibri_lightning.report import RunReport
+from calibri_lightning.resume import KEY, describe, keep_trainable, require_same
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.grid import Evaluation, UnitResult

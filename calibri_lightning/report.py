@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibri_lightning.arrays import Floats
 from calibri_lightning.calibration import CalibrationFile, ObtainedBy, fingerprint, write_calibration
-from calibri_lightning.checkpoint import CALIBRATION
+from calibri_lightning.calibration.files import CALIBRATION
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation import (
     Convergence,
