@@ -122,8 +122,7 @@ class RunCheckpoint(ModelCheckpoint):
         Args:
             trainer: The trainer.
         """
-        # When saving, this means "not the weights alone"; for reading see `CheckpointFiles`.
-        trainer.save_checkpoint(self.path, weights_only=False)
+        trainer.save_checkpoint(self.path, self.save_weights_only)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the checkpoint again, which now knows the best vector.
