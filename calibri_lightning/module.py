@@ -31,7 +31,7 @@ from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies.base import Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
 from calibri_lightning.trace import Trace, stats_of
-from calibri_lightning.validation import Validation
+from calibri_lightning.validation import Validation, validate
 
 PARTS = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ()}
 """The prompts that a stage scores, or prepares to score."""
@@ -91,7 +91,6 @@ class CalibriModule(LightningModule):
         self.resumed_step: int | None = None
         self.run_dir = Path()
         self._pace = (0, 0.0)
-        self._validation = Validation({})
         self.layout, attachment = assemble(backbone, calibration)
         self.start_theta: Floats = (
             load_start(init_from, self.layout, backbone.transformer) if init_from else self.layout.start
@@ -107,11 +106,8 @@ class CalibriModule(LightningModule):
 
     @property
     def reward_name(self) -> str:
-        """What the optimised number is called: the reward's name, or the weighted sum written out."""
-        parts = [(reward.name, weight) for reward, weight in self.rewards.weighted if weight]
-        if len(parts) == 1 and parts[0][1] > 0:
-            return parts[0][0]
-        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts)
+        """What the optimised number is called."""
+        return self.rewards.title
 
     @property
     def judged_by(self) -> Mapping[str, str | int]:
@@ -186,11 +182,8 @@ class CalibriModule(LightningModule):
             thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self._gather, done, known
         )
         if trainer.state.fn == "fit":  # the budget is what the calibration cost; a test is none of it
-            self.budget = Budget(
-                self.budget.images + answer.num_images,
-                self.budget.forwards + answer.num_forwards,
-                self.budget.device_seconds + (time.monotonic() - started) * trainer.world_size,
-            )
+            seconds = (time.monotonic() - started) * trainer.world_size
+            self.budget = self.budget.plus(answer.num_images, answer.num_forwards, seconds)
         return answer
 
     def _gather(self, values: Floats) -> Sequence[Floats]:
@@ -204,7 +197,7 @@ class CalibriModule(LightningModule):
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         interval = self.trainer.val_check_batch
         if done and interval and done % interval == 0:
-            self._validate()
+            validate(self)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Lets the strategy work; afterwards the budget is logged, the x-axis that all strategies share."""
@@ -223,42 +216,21 @@ class CalibriModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fixes the vectors of this validation."""
-        self._validation = Validation(self.strategy.validation_thetas(self))
+        self._validation = Validation.of(self)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Scores the strategy's vectors on fixed prompts with fixed noise, the same for any number of ranks."""
-        thetas = self._validation.thetas
-        if len(thetas):
-            self._validation.add(self.evaluate(thetas, batch.prompts, self.noise_seeds(batch)).rewards)
+        self._validation.score(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Hands the scores to the strategy, which keeps the best validated vector."""
-        scores = self._close_validation()
+        scores = self._validation.close(self)
         for name, score in scores.items():
             self.log(f"val/{name}", score, batch_size=1)
         if self.trainer.state.fn == "fit":
             self._deliver()
         else:
             RunReport(self).print_scores(scores)
-
-    def _close_validation(self) -> dict[str, float]:
-        scores = self._validation.scores()
-        if scores:
-            self.strategy.on_validated(self, scores)
-            self.trace.add_validation(scores)
-        self._validation = Validation({})
-        return scores
-
-    def _validate(self) -> None:
-        """Validates outside of the trainer's loop; does nothing where the strategy has nothing new."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self.on_validation_epoch_start()
-        for index, batch in enumerate(data.val_dataloader() if data is not None else []):
-            self.validation_step(batch, index)
-        scores = self._close_validation()
-        for logger in self.trainer.loggers if scores else ():
-            # `self.log` works in the trainer's own loop alone.
-            logger.log_metrics({f"val/{name}": score for name, score in scores.items()}, self.trainer.global_step)
 
     def _deliver(self) -> None:
         """Puts the strategy's answer into theta and calibration.json."""
@@ -276,7 +248,7 @@ class CalibriModule(LightningModule):
             checkpoint.save(self.trainer)
 
     def _finish(self) -> None:
-        self._validate()
+        validate(self)
         self._deliver()
         RunReport(self).finish_training()
 
