@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from calibri_lightning.arrays import Cells, Floats
-from calibri_lightning.assembly import CalibrationConfig, assemble
+from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble
 from calibri_lightning.backbones import Backbone
 from calibri_lightning.calibration import load_start
 from calibri_lightning.checkpoint import run_checkpoint
@@ -63,7 +63,7 @@ class CalibriModule(LightningModule):
         backbone: Backbone,
         rewards: dict[str, float],
         strategy: Strategy,
-        calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 - read, never changed; jsonargparse wants it
+        calibration: CalibrationConfig = DEFAULT_CALIBRATION,
         num_steps: int = 15,
         full_num_steps: int = 28,
         rows_per_forward: int = 128,

@@ -1,6 +1,6 @@
 """Calibration: where a transformer is scaled, what each number means, how scales get in and out of it."""
 
-from calibri_lightning.calibration import tables as _tables  # noqa: F401 - fills the table of block classes
+from calibri_lightning.calibration import tables  # fills the table of block classes
 from calibri_lightning.calibration.attach import Attachment, attach, probe
 from calibri_lightning.calibration.document import CalibrationFile, ObtainedBy
 from calibri_lightning.calibration.files import read_calibration, write_calibration
@@ -38,6 +38,7 @@ __all__ = [
     "load_start",
     "probe",
     "read_calibration",
+    "tables",
     "unload_calibration",
     "weights_digest",
     "write_calibration",

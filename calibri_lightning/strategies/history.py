@@ -10,7 +10,7 @@ from typing import Any
 import cma
 import numpy as np
 import torch
-from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_info
 
 from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError

@@ -85,6 +85,11 @@ class Draw:
         return Tiny(transformer.requires_grad_(False).eval(), batched, shared)
 
 
+@cache
+def _built(build: Callable[[Draw], Tiny]) -> Tiny:
+    return build(Draw())
+
+
 @dataclass(frozen=True)
 class Case:
     """One model and what is known about it."""
@@ -98,10 +103,9 @@ class Case:
     float32: tuple[str, ...]
     gradients: bool
 
-    @cache  # noqa: B019 - a few dozen tiny models, wanted by every test
     def tiny(self) -> Tiny:
         """The model, shared between tests: do not change it."""
-        return self.build(Draw())
+        return _built(self.build)
 
     def double(self) -> Tiny:
         """A copy in float64."""

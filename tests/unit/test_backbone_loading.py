@@ -73,7 +73,7 @@ def test_unusable_names_are_refused(tiny_folder: Path, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="neither an existing folder nor a Hub id"):
         SD3(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="'float32' or 'bfloat16'"):
-        SD3(str(tiny_folder / "model"), dtype="float16")  # type: ignore[arg-type]
+        SD3(str(tiny_folder / "model"), dtype="float16")
     monkeypatch.setattr("calibri_lightning.backbones.loading.SHAPES_FOLDER", tmp_path / "absent")
     with pytest.raises(UserError, match=r"shapes\.train"):
         SD3()

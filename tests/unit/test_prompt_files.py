@@ -108,7 +108,7 @@ def test_hugging_face_sources_are_parsed(monkeypatch: pytest.MonkeyPatch) -> Non
         return FakeDataset([{"prompt": "p", "long_caption": "c", "picture": b"...", "tag": 1}])
 
     module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     assert read_prompts("hf:org/set") == (Prompt("p", 0, {"long_caption": "c", "tag": 1}),)
     assert read_prompts("hf:org/set:test:long_caption")[0].text == "c"
@@ -207,7 +207,7 @@ def test_duplicates_are_kept_or_dropped_on_request(tmp_path: Path) -> None:
     # What stays keeps its row, and with it its noise.
     assert [(p.text, p.index) for p in read_prompts(source, "drop")] == [("one", 0), ("two", 1), ("three", 3)]
     with pytest.raises(UserError, match="must be one of error, keep, drop"):
-        read_prompts(source, "first")  # type: ignore[arg-type]
+        read_prompts(source, "first")
 
 
 def test_the_same_text_with_another_negative_is_no_duplicate(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_all_candidates_of_a_generation_see_the_same_prompts_and_noise(tmp_path:
         assert len(prompts) == len(seeds) == 4
         return evaluate(thetas, prompts, seeds, **kw)
 
-    module.evaluate = spy  # type: ignore[method-assign]
+    module.evaluate = spy
     fit(module, 3)
     assert len(set(seen)) == 3
     assert len({seed for seeds in seen for seed in seeds}) == 12  # no noise comes twice
@@ -124,7 +124,7 @@ def test_default_preset_is_r2_and_its_annealing_follows_the_generations(tmp_path
     module = FakeModule(strategy, tmp_path)
     trainer = make_trainer(tmp_path, 4)
     trainer.callbacks.append(Watch())
-    module.configure_callbacks = lambda: [strategy, Watch()]  # type: ignore[method-assign]
+    module.configure_callbacks = lambda: [strategy, Watch()]
     trainer.fit(module)
     core = strategy._core
     assert isinstance(core, CMACore)

@@ -117,7 +117,7 @@ def test_failed_candidate_does_not_stop_the_search(tmp_path: Path) -> None:
     fit(module, 10)
     assert module.strategy.report is not None
     assert module.strategy.report.generation == 10
-    assert np.isfinite(module.strategy._status.mean).all()  # type: ignore[union-attr]
+    assert np.isfinite(module.strategy._status.mean).all()
 
 
 def test_reward_that_fails_once_is_made_again_and_changes_nothing(tmp_path: Path) -> None:
@@ -268,6 +268,6 @@ def test_unwritable_run_folder_is_refused_before_any_picture(tmp_path: Path) -> 
 
 def test_batch_that_does_not_fill_the_slots_is_refused(tmp_path: Path) -> None:
     module = FakeModule(STRATEGIES["default"](), tmp_path)
-    module.train_dataloader = lambda: DataLoader(Generations(module, 5), batch_size=None)  # type: ignore[method-assign]
+    module.train_dataloader = lambda: DataLoader(Generations(module, 5), batch_size=None)
     with pytest.raises(UserError, match="has 5 prompts; this strategy takes 8"):
         fit(module, 2)
