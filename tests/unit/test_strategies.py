@@ -15,9 +15,9 @@ from fake_module import (
     N,
     SaveAlways,
     fit,
-    make_trainer,
 )
 from lightning.pytorch import Callback
+from quiet_trainer import quiet_trainer
 
 from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
@@ -104,7 +104,7 @@ def test_validation_of_a_checkpoint_offers_start_and_best(tmp_path: Path) -> Non
     assert module.strategy.best is not None
     fresh = FakeModule(STRATEGIES["default"](), tmp_path)
     fresh.strategy.load_state_dict(next(iter(torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"].values())))
-    fresh._trainer = make_trainer(tmp_path, 1)
+    fresh._trainer = quiet_trainer(tmp_path, max_steps=1)
     thetas = fresh.strategy.validation_thetas(fresh)
     assert list(thetas) == ["start", "best"]
 
@@ -122,7 +122,7 @@ def test_default_preset_is_r2_and_its_annealing_follows_the_generations(tmp_path
             rates.append(strategy._core.es.sp.cmean)
 
     module = FakeModule(strategy, tmp_path)
-    trainer = make_trainer(tmp_path, 4)
+    trainer = quiet_trainer(tmp_path, max_steps=4)
     trainer.callbacks.append(Watch())
     module.configure_callbacks = lambda: [strategy, Watch()]
     trainer.fit(module)

@@ -17,8 +17,8 @@ from fake_module import (
     SaveAlways,
     fingerprint,
     fit,
-    make_trainer,
 )
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
 from calibri_lightning.errors import UserError
@@ -66,7 +66,7 @@ def test_max_seconds_ends_and_counts_the_earlier_parts(tmp_path: Path) -> None:
     later = PairES(num_pairs=4, prompts_per_pair=2, max_seconds=1e4)
     later.load_state_dict(state)
     module = FakeModule(later, tmp_path)
-    trainer = make_trainer(tmp_path, 9)
+    trainer = quiet_trainer(tmp_path, max_steps=9)
     module._trainer = trainer
     later._prepare(module)
     assert later._budget is not None
