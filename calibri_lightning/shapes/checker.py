@@ -22,6 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.shapes.captions import COLOURS, SHAPES, Scene
 from calibri_lightning.shapes.render import (
     BACKGROUND,
@@ -31,8 +32,6 @@ from calibri_lightning.shapes.render import (
     TRIANGLE_RADIUS,
     signed_distance,
 )
-
-Floats = NDArray[np.float64]
 
 WORKING_SIZE = 48
 """Pictures are resized to this before scoring, pixels: the size that the embedded model draws."""

@@ -71,7 +71,7 @@ def test_theta_is_a_parameter_that_ddp_does_not_overwrite(module: CalibriModule)
 def test_learned_weights_are_a_condition_of_their_own_where_scales_and_weights_moved(
     tiny_folder: Path, members: str, weight_mode: str, changed: tuple[str, ...], name: str | None
 ) -> None:
-    layout = CalibrationConfig("layer", members, 3.0, weight_mode)  # type: ignore[arg-type]
+    layout = CalibrationConfig("layer", members, 3.0, weight_mode)
     module = CalibriModule(SD3(str(tiny_folder / "model")), {"tiny_rewards:redness": 1.0}, PairES(), layout)
     names = ["scale" if n.startswith("member") and not n.endswith("weight") else n for n in module.layout.names]
     with torch.no_grad():

@@ -15,16 +15,16 @@ from fake_module import (
     N,
     SaveAlways,
     fit,
-    make_trainer,
 )
 from lightning.pytorch import Callback
+from quiet_trainer import quiet_trainer
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.sampling.grid import Evaluation
 from calibri_lightning.strategies import CMAES, EvolutionStrategy, PairES
 from calibri_lightning.strategies.cma_core import CMACore
-from calibri_lightning.strategies.search import Floats
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -52,7 +52,7 @@ def test_all_candidates_of_a_generation_see_the_same_prompts_and_noise(tmp_path:
         assert len(prompts) == len(seeds) == 4
         return evaluate(thetas, prompts, seeds, **kw)
 
-    module.evaluate = spy  # type: ignore[method-assign]
+    module.evaluate = spy
     fit(module, 3)
     assert len(set(seen)) == 3
     assert len({seed for seeds in seen for seed in seeds}) == 12  # no noise comes twice
@@ -104,7 +104,7 @@ def test_validation_of_a_checkpoint_offers_start_and_best(tmp_path: Path) -> Non
     assert module.strategy.best is not None
     fresh = FakeModule(STRATEGIES["default"](), tmp_path)
     fresh.strategy.load_state_dict(next(iter(torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"].values())))
-    fresh._trainer = make_trainer(tmp_path, 1)
+    fresh._trainer = quiet_trainer(tmp_path, max_steps=1)
     thetas = fresh.strategy.validation_thetas(fresh)
     assert list(thetas) == ["start", "best"]
 
@@ -122,9 +122,9 @@ def test_default_preset_is_r2_and_its_annealing_follows_the_generations(tmp_path
             rates.append(strategy._core.es.sp.cmean)
 
     module = FakeModule(strategy, tmp_path)
-    trainer = make_trainer(tmp_path, 4)
+    trainer = quiet_trainer(tmp_path, max_steps=4)
     trainer.callbacks.append(Watch())
-    module.configure_callbacks = lambda: [strategy, Watch()]  # type: ignore[method-assign]
+    module.configure_callbacks = lambda: [strategy, Watch()]
     trainer.fit(module)
     core = strategy._core
     assert isinstance(core, CMACore)
