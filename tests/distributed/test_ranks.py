@@ -100,21 +100,27 @@ def test_error_on_one_rank_ends_all(runs: TinyRuns, tmp_path: Path) -> None:
     assert "Traceback" not in log
 
 
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks(runs: TinyRuns, tiny_folder: Path) -> None:
-    """The one test with a real launcher, as a user would call it."""
-    one = runs.fit("one", "--trainer.max_steps=1")
+def torchrun(runs: TinyRuns, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Starts a fit on two ranks with the real launcher, as a user would."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "calibri_lightning"]
     environment = {**os.environ, "PYTHONPATH": str(Path(tiny_rewards.__file__).parent), "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        [sys.executable, *launcher, *runs.arguments("fit", "two", *DDP, "--trainer.max_steps=1")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=550,
-        check=False,
-    )
+    words = [sys.executable, *launcher, *runs.arguments("fit", "two", *DDP, *flags)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=550, check=False)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(runs: TinyRuns) -> None:
+    one = runs.fit("one", "--trainer.max_steps=1")
+    answer = torchrun(runs, "--trainer.max_steps=1")
     assert answer.returncode == 0, answer.stderr
     two_ranks = runs.latest("two") / "calibration.json"
     assert two_ranks.read_bytes() == (one / "calibration.json").read_bytes()
     assert answer.stdout.count("Calibrating") == 1, "one rank speaks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["--model.num_stepz=2", "--data.train=null"])
+def test_a_mistake_that_all_ranks_meet_is_one_line(runs: TinyRuns, mistake: str) -> None:
+    answer = torchrun(runs, mistake)
+    assert answer.returncode != 0
+    assert sum(line.startswith("error:") for line in answer.stderr.splitlines()) == 1, answer.stderr
