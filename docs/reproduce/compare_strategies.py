@@ -35,11 +35,13 @@ class Setting:
 SETTINGS = {
     "official": Setting("official CMA-ES", ("CMAES", "--model.strategy.preset=official"), 256),
     "r1": Setting(
-        "R1: small steps, annealed", ("CMAES", "--model.strategy.popsize=16", "--model.strategy.halving=[16]"), 256
+        "R1: σ0 0.15, annealed",
+        ("CMAES", "--model.strategy.popsize=16", "--model.strategy.halving=[16]", "--model.strategy.sigma0=0.15"),
+        256,
     ),
-    "r2": Setting("R2: R1 and halving (CMAES default)", ("CMAES",), 256),
+    "narrow": Setting("R2 with σ0 0.15", ("CMAES", "--model.strategy.sigma0=0.15"), 256),
+    "r2": Setting("R2: R1 and halving, σ0 0.2 (CMAES default)", ("CMAES",), 256),
     "p2": Setting("P2: antithetic pairs (PairES)", ("PairES",), 128),
-    "wide": Setting("R2 with σ0 0.2", ("CMAES", "--model.strategy.sigma0=0.2"), 256),
     "block": Setting("P2, a scale for each block", ("PairES", "--model.calibration.granularity=block"), 128),
     "gate": Setting("P2, a scale for each gate", ("PairES", "--model.calibration.granularity=gate"), 128),
     "raw": Setting("P2, raw member weights", ("PairES", "--model.calibration.weight_mode=raw"), 128),

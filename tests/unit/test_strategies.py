@@ -129,7 +129,7 @@ def test_default_preset_is_r2_and_its_annealing_follows_the_generations(tmp_path
     core = strategy._core
     assert isinstance(core, CMACore)
     assert (core.popsize, core.rounds, core.num_cells) == (32, (4, 4, 8), 256)
-    assert core.es.sigma0 == 0.15  # 1,024 images are a short budget
+    assert core.es.sigma0 == 0.2  # 1,024 images are a short budget
     np.testing.assert_array_equal(core.es.opts["CMA_stds"], [1, 1, 1, 1, 1, 0.2])
     assert rates[-4:] == pytest.approx([1 - 0.7 * g / 4 for g in range(4)])
 
@@ -146,7 +146,7 @@ def test_official_preset_has_the_published_settings(tmp_path: Path) -> None:
     assert core.es.sp.cmean == 1
 
 
-@pytest.mark.parametrize(("max_steps", "sigma0"), [(39, 0.15), (40, 0.1)])
+@pytest.mark.parametrize(("max_steps", "sigma0"), [(39, 0.2), (40, 0.1)])
 def test_sigma0_depends_on_the_budget(max_steps: int, sigma0: float) -> None:
     assert CMAES().resolve(N, max_steps * 256, {})["sigma0"] == sigma0
     assert CMAES(sigma0=0.3).resolve(N, max_steps * 256, {})["sigma0"] == 0.3

@@ -206,7 +206,7 @@ def test_bounds_that_exclude_the_start_are_refused_before_any_picture(name: str,
     ("changed", "message"),
     [
         (lambda: CMAES(popsize=10, bucket_size=8), "popsize was 8 and is 10"),
-        (lambda: CMAES(popsize=8, bucket_size=8, sigma0=0.3), "sigma0 was 0.15 and is 0.3"),
+        (lambda: CMAES(popsize=8, bucket_size=8, sigma0=0.3), "sigma0 was 0.2 and is 0.3"),
         (lambda: CMAES(popsize=8, bucket_size=8, halving=[8]), r"halving was 2\+2\+4 and is 8"),
     ],
 )
