@@ -47,6 +47,10 @@ class CalibrationConfig:
     split_fused: bool = False
 
 
+DEFAULT_CALIBRATION = CalibrationConfig()
+"""Not to be changed: the module's default, which the command line needs as an object."""
+
+
 def assemble(backbone: Backbone, config: CalibrationConfig) -> tuple[Layout, Attachment]:
     """Attaches scales to every site of a backbone that has an effect.
 

@@ -25,6 +25,7 @@ from calibri_lightning.checkpoint import CheckpointFiles, ResumeHint, RunCheckpo
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
 from calibri_lightning.module import CalibriModule
+from calibri_lightning.ranks import print_once
 from calibri_lightning.strategies import CMAES, PairES
 
 set_parsing_settings(add_print_completion_argument=True)
@@ -68,7 +69,8 @@ class OneMessageParser(LightningArgumentParser):
         if "Expected a dot import path" in text:
             names = ", ".join(known.__name__ for known in SHORT_NAMES)
             text += f" (built in are {names}; others go as package.module.Class)"
-        self.exit(2, f"error: {text}. All options: {parser.prog.replace(' [options]', '')} --help\n")
+        print_once(f"error: {text}. All options: {parser.prog.replace(' [options]', '')} --help")
+        self.exit(2)
 
 
 class RunConfig(SaveConfigCallback):
@@ -205,18 +207,17 @@ def run(arguments: Sequence[str]) -> int:
     try:
         _start(arguments, hint)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_once(f"error: {error}")
         hint.print()
         return 2
     except MisconfigurationException as error:
-        print(f"error: the trainer refuses its arguments: {error}", file=sys.stderr)
+        print_once(f"error: the trainer refuses its arguments: {error}")
         return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(
+        print_once(
             f"error: {where}{error.strerror or error}. The run could not read or write a file: free space, or choose a "
-            "folder that you may write to with --trainer.default_root_dir.",
-            file=sys.stderr,
+            "folder that you may write to with --trainer.default_root_dir."
         )
         hint.print()
         return 2

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.evaluation import Condition, Role
 
 if TYPE_CHECKING:
     from calibri_lightning.module import CalibriModule
     from calibri_lightning.prompts import PromptBatch
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

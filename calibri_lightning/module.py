@@ -12,15 +12,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from calibri_lightning.assembly import CalibrationConfig, assemble
+from calibri_lightning.arrays import Cells, Floats
+from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble
 from calibri_lightning.backbones import Backbone
-from calibri_lightning.checkpoint import KEY, describe, keep_trainable, load_start, require_same, run_checkpoint
+from calibri_lightning.calibration import load_start
+from calibri_lightning.checkpoint import run_checkpoint
 from calibri_lightning.conditions import Conditions
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.progress import GenerationStats
 from calibri_lightning.evaluation.summary import Budget
 from calibri_lightning.prompts import Prompt, PromptBatch, fingerprint
 from calibri_lightning.report import RunReport
+from calibri_lightning.resume import KEY, describe, keep_trainable, require_same
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
@@ -28,9 +31,8 @@ from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies.base import Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
 from calibri_lightning.trace import Trace, stats_of
-from calibri_lightning.validation import Validation
+from calibri_lightning.validation import Validation, validate
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 PARTS = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ()}
 """The prompts that a stage scores, or prepares to score."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -61,7 +63,7 @@ class CalibriModule(LightningModule):
         backbone: Backbone,
         rewards: dict[str, float],
         strategy: Strategy,
-        calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 - read, never changed; jsonargparse wants it
+        calibration: CalibrationConfig = DEFAULT_CALIBRATION,
         num_steps: int = 15,
         full_num_steps: int = 28,
         rows_per_forward: int = 128,
@@ -89,7 +91,6 @@ class CalibriModule(LightningModule):
         self.resumed_step: int | None = None
         self.run_dir = Path()
         self._pace = (0, 0.0)
-        self._validation = Validation({})
         self.layout, attachment = assemble(backbone, calibration)
         self.start_theta: Floats = (
             load_start(init_from, self.layout, backbone.transformer) if init_from else self.layout.start
@@ -105,11 +106,8 @@ class CalibriModule(LightningModule):
 
     @property
     def reward_name(self) -> str:
-        """What the optimised number is called: the reward's name, or the weighted sum written out."""
-        parts = [(reward.name, weight) for reward, weight in self.rewards.weighted if weight]
-        if len(parts) == 1 and parts[0][1] > 0:
-            return parts[0][0]
-        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts)
+        """What the optimised number is called."""
+        return self.rewards.title
 
     @property
     def judged_by(self) -> Mapping[str, str | int]:
@@ -172,7 +170,7 @@ class CalibriModule(LightningModule):
         thetas: Floats,
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
-        cells: np.ndarray[Any, np.dtype[np.bool_]] | None = None,
+        cells: Cells | None = None,
         num_steps: int | None = None,
         done: Callable[[UnitResult], None] | None = None,
         known: Floats | None = None,
@@ -184,11 +182,8 @@ class CalibriModule(LightningModule):
             thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self._gather, done, known
         )
         if trainer.state.fn == "fit":  # the budget is what the calibration cost; a test is none of it
-            self.budget = Budget(
-                self.budget.images + answer.num_images,
-                self.budget.forwards + answer.num_forwards,
-                self.budget.device_seconds + (time.monotonic() - started) * trainer.world_size,
-            )
+            seconds = (time.monotonic() - started) * trainer.world_size
+            self.budget = self.budget.plus(answer.num_images, answer.num_forwards, seconds)
         return answer
 
     def _gather(self, values: Floats) -> Sequence[Floats]:
@@ -202,7 +197,7 @@ class CalibriModule(LightningModule):
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         interval = self.trainer.val_check_batch
         if done and interval and done % interval == 0:
-            self._validate()
+            validate(self)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Lets the strategy work; afterwards the budget is logged, the x-axis that all strategies share."""
@@ -221,42 +216,21 @@ class CalibriModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fixes the vectors of this validation."""
-        self._validation = Validation(self.strategy.validation_thetas(self))
+        self._validation = Validation.of(self)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Scores the strategy's vectors on fixed prompts with fixed noise, the same for any number of ranks."""
-        thetas = self._validation.thetas
-        if len(thetas):
-            self._validation.add(self.evaluate(thetas, batch.prompts, self.noise_seeds(batch)).rewards)
+        self._validation.score(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Hands the scores to the strategy, which keeps the best validated vector."""
-        scores = self._close_validation()
+        scores = self._validation.close(self)
         for name, score in scores.items():
             self.log(f"val/{name}", score, batch_size=1)
         if self.trainer.state.fn == "fit":
             self._deliver()
         else:
             RunReport(self).print_scores(scores)
-
-    def _close_validation(self) -> dict[str, float]:
-        scores = self._validation.scores()
-        if scores:
-            self.strategy.on_validated(self, scores)
-            self.trace.add_validation(scores)
-        self._validation = Validation({})
-        return scores
-
-    def _validate(self) -> None:
-        """Validates outside of the trainer's loop; does nothing where the strategy has nothing new."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self.on_validation_epoch_start()
-        for index, batch in enumerate(data.val_dataloader() if data is not None else []):
-            self.validation_step(batch, index)
-        scores = self._close_validation()
-        for logger in self.trainer.loggers if scores else ():
-            # `self.log` works in the trainer's own loop alone.
-            logger.log_metrics({f"val/{name}": score for name, score in scores.items()}, self.trainer.global_step)
 
     def _deliver(self) -> None:
         """Puts the strategy's answer into theta and calibration.json."""
@@ -274,7 +248,7 @@ class CalibriModule(LightningModule):
             checkpoint.save(self.trainer)
 
     def _finish(self) -> None:
-        self._validate()
+        validate(self)
         self._deliver()
         RunReport(self).finish_training()
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.calibration import CalibrationFile, ObtainedBy, fingerprint, write_calibration
-from calibri_lightning.checkpoint import CALIBRATION
+from calibri_lightning.calibration.files import CALIBRATION
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation import (
     Convergence,
@@ -33,8 +33,6 @@ from calibri_lightning.sampling.noise import TEST_STEP
 if TYPE_CHECKING:
     from calibri_lightning.conditions import Conditions
     from calibri_lightning.module import CalibriModule
-
-Floats = NDArray[np.float64]
 
 
 class RunReport:

@@ -1,14 +1,18 @@
-"""A pass over the validation prompts: the vectors that are scored, and their scores so far."""
+"""A pass over the validation prompts: the vectors that are scored, their scores, and who is told."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from calibri_lightning.arrays import Floats
+
+if TYPE_CHECKING:
+    from calibri_lightning.module import CalibriModule
+    from calibri_lightning.prompts import PromptBatch
 
 MOST_FAILED = 0.25
 """Share of the validation prompts that may fail for every vector before there is no score."""
@@ -22,27 +26,63 @@ class Validation:
     """
 
     def __init__(self, thetas: Mapping[str, Floats]) -> None:
-        self._names = tuple(thetas)
-        self.thetas = np.stack(list(thetas.values())) if thetas else np.empty((0, 0))
-        self._batches: list[Floats] = []
+        self._names, self._thetas = tuple(thetas), list(thetas.values())
+        self._rewards: list[Floats] = []
 
-    def add(self, rewards: Floats) -> None:
-        """Takes the rewards of a batch of prompts.
+    @classmethod
+    def of(cls, module: CalibriModule) -> Validation:
+        """The vectors that the strategy has to offer now.
 
         Args:
-            rewards: float64 [vectors, prompts], NaN where a picture failed.
-        """
-        self._batches.append(rewards)
+            module: The module.
 
-    def scores(self) -> dict[str, float]:
-        """Averages what was added.
+        Returns:
+            A pass that has not scored anything yet.
+        """
+        return cls(module.strategy.validation_thetas(module))
+
+    def score(self, module: CalibriModule, batch: PromptBatch) -> None:
+        """Scores the vectors on a batch, if there are any.
+
+        Args:
+            module: The module.
+            batch: The prompts.
+        """
+        if self._thetas:
+            answer = module.evaluate(np.stack(self._thetas), batch.prompts, module.noise_seeds(batch))
+            self._rewards.append(answer.rewards)
+
+    def close(self, module: CalibriModule) -> dict[str, float]:
+        """Hands the scores to the strategy and to the trace.
+
+        Args:
+            module: The module.
 
         Returns:
             Score by vector, as of `validation_scores`; empty where nothing was scored.
         """
-        if not self._batches:
+        if not self._rewards:
             return {}
-        return validation_scores(dict(zip(self._names, np.concatenate(self._batches, axis=1), strict=True)))
+        scores = validation_scores(dict(zip(self._names, np.concatenate(self._rewards, axis=1), strict=True)))
+        module.strategy.on_validated(module, scores)
+        module.trace.add_validation(scores)
+        return scores
+
+
+def validate(module: CalibriModule) -> None:
+    """Validates outside of the trainer's loop; does nothing where the strategy has nothing new.
+
+    Args:
+        module: A module with a trainer.
+    """
+    data: Any = getattr(module.trainer, "datamodule", None)
+    validation = Validation.of(module)
+    for batch in data.val_dataloader() if data is not None else []:
+        validation.score(module, batch)
+    scores = validation.close(module)
+    for logger in module.trainer.loggers if scores else ():
+        # `module.log` works in the trainer's own loop alone.
+        logger.log_metrics({f"val/{name}": score for name, score in scores.items()}, module.trainer.global_step)
 
 
 def validation_scores(rewards: Mapping[str, Floats]) -> dict[str, float]:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.sampling.grid import Cell, Evaluation, UnitResult, cut_units
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies import CMAES, EvolutionStrategy, PairES
-from calibri_lightning.strategies.search import Cells, Floats
 
 N = 6
 TARGET = np.array([0.8, 1.2, 0.9, 1.1, 1.05, 0.7])
@@ -118,12 +119,12 @@ class FakeModule(LightningModule):
         thetas: Floats,
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
-        cells: Cells | None = None,
-        num_steps: int | None = None,
-        done: Callable[[UnitResult], None] | None = None,
-        known: Floats | None = None,
+        *,
+        cells: Cells,
+        done: Callable[[UnitResult], None],
+        known: Floats | None,
     ) -> Evaluation:
-        assert cells is not None
+        """Takes what a search asks, and no more."""
         self.evaluations += 1
         rewards = np.full(cells.shape, np.nan) if known is None else np.where(cells, known, np.nan)
         units = cut_units(cells, CELLS_PER_UNIT)
@@ -136,8 +137,7 @@ class FakeModule(LightningModule):
             for cell, value in zip(unit, values, strict=True):
                 rewards[cell] = value
             self.units.append((self.trainer.global_step, unit))
-            if done is not None:
-                done(UnitResult(number, len(units), unit, values, {}))
+            done(UnitResult(number, len(units), unit, values, {}))
         return Evaluation(rewards, {}, 0, 0)
 
     def reward(self, thetas: Floats, seeds: Sequence[int], cell: Cell) -> float:
@@ -170,24 +170,8 @@ class SaveAlways(Callback):
         trainer.save_checkpoint(self.path)
 
 
-def make_trainer(tmp_path: Path, max_steps: int, *callbacks: Callback, enable_checkpointing: bool = False) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=max_steps,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=enable_checkpointing,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        num_sanity_val_steps=0,
-    )
-
-
 def fit(module: FakeModule, max_steps: int, *callbacks: Callback, ckpt: Path | None = None) -> Trainer:
-    trainer = make_trainer(module.run_dir, max_steps, *callbacks)
+    trainer = quiet_trainer(module.run_dir, *callbacks, max_steps=max_steps)
     trainer.fit(module, ckpt_path=ckpt)  # torch's default since 2.6: weights_only=True
     return trainer
 

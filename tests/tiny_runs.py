@@ -11,7 +11,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from calibri_lightning.__main__ import main
+
+Capture = pytest.CaptureFixture[str]
 
 TRAIN = ("a red circle", "a red square", "a red triangle", "a blue circle", "a blue square", "a green circle")
 VAL = ("two red circles", "two red squares", "two green circles")
@@ -78,6 +82,19 @@ def prepare(folder: Path) -> None:
     for name, prompts in (("train", TRAIN), ("val", VAL), ("test", TEST)):
         (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+
+
+def refused(runs: TinyRuns, capsys: Capture, *flags: str, command: str = "fit", worked: bool = False) -> str:
+    """Runs a command that has to be refused; the message."""
+    capsys.readouterr()
+    assert runs(command, "bad", *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("error:") == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert "usage:" not in captured.err
+    assert ("Calibrating" in captured.out) <= worked, "refused before the run begins"
+    assert "generation 1" not in captured.out
+    return next(line for line in captured.err.splitlines() if line.startswith("error:"))
 
 
 def forked(arguments: list[list[str]], environments: list[Mapping[str, str]], log: Path) -> list[int | None]:

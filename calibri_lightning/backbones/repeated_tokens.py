@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel
     from diffusers.models.attention_processor import Attention
 
 
@@ -72,13 +73,13 @@ class BiasedJointAttention:
         return query, key if norms[1] is None else norms[1](key), value
 
 
-def install(transformer: nn.Module) -> None:
+def install(transformer: SD3Transformer2DModel) -> None:
     """Replaces the joint attention processors of an SD3 transformer by `BiasedJointAttention`.
 
     Args:
         transformer: An `SD3Transformer2DModel`; calls without a key bias give what they gave before.
     """
-    transformer.set_attn_processor(BiasedJointAttention())  # type: ignore[operator]
+    transformer.set_attn_processor(BiasedJointAttention())
 
 
 def key_bias(num_image_tokens: int, num_text_tokens: int, num_repeats: float, device: torch.device) -> Tensor:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from calibri_lightning.calibration.attach import Attachment, attach
-from calibri_lightning.calibration.files import CalibrationFile, layout_for, read_calibration
+from calibri_lightning.calibration.document import CalibrationFile
+from calibri_lightning.calibration.files import read_calibration
 from calibri_lightning.calibration.fold import check_foldable, fold, scale_rows
+from calibri_lightning.calibration.restore import layout_for
 from calibri_lightning.calibration.scales import Layout
 from calibri_lightning.errors import UserError
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from calibri_lightning.atomic import replacing
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.bootstrap import Interval
 from calibri_lightning.evaluation.summary import Budget, Comparison, Condition, Summary, summarise
@@ -103,16 +103,8 @@ def write_summary(path: str | Path, summary: Summary) -> None:
         path: The file; its folder exists. An older file is replaced.
         summary: What a run found.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(to_json(summary))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(to_json(summary), encoding="utf-8")
 
 
 def _number(value: float) -> float | None:

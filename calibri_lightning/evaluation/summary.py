@@ -87,6 +87,19 @@ class Budget:
     forwards: int
     device_seconds: float
 
+    def plus(self, images: int, forwards: int, device_seconds: float) -> Budget:
+        """Adds what more was spent.
+
+        Args:
+            images: Images generated and scored.
+            forwards: Forwards of one image each.
+            device_seconds: Seconds of all devices.
+
+        Returns:
+            The sum.
+        """
+        return Budget(self.images + images, self.forwards + forwards, self.device_seconds + device_seconds)
+
 
 @dataclass(frozen=True, eq=False)
 class Summary:

@@ -86,6 +86,14 @@ class RewardSet:
                 f"The name {repeated[0]!r} is reported by two rewards; names must differ. Remove or rename one."
             )
 
+    @property
+    def title(self) -> str:
+        """What the sum is called: the reward's name where there is one, or the sum written out."""
+        parts = [(reward.name, weight) for reward, weight in self.weighted if weight]
+        if len(parts) == 1 and parts[0][1] > 0:
+            return parts[0][0]
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts)
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Lets every reward refuse prompts that it cannot score.
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
@@ -61,7 +61,7 @@ class Scene:
     relation: Relation | None = None
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, object]) -> Scene:
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Scene:
         """Reads a scene from a prompt's metadata.
 
         Args:
@@ -75,9 +75,9 @@ class Scene:
             UserError: If the metadata describes no scene of the grammar.
         """
         try:
-            objects = tuple(SceneObject(**item) for item in metadata["objects"])  # type: ignore[attr-defined]
+            objects = tuple(SceneObject(**item) for item in metadata["objects"])
             # The grammar's own instance: a count that a table stored as 2.0 equals 2, but cannot index.
-            return _by_value()[cls(objects, metadata.get("relation"))]  # type: ignore[arg-type]
+            return _by_value()[cls(objects, metadata.get("relation"))]
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"The prompt's metadata {dict(metadata)!r} describes no scene. The shapes reward needs "

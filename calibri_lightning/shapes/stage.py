@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calibri_lightning.atomic import replacing
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -134,6 +136,5 @@ class Stage:
             "average": self.average,
             "step": self.step,
         }
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.path)
+        with replacing(self.path) as temporary:
+            torch.save(state, temporary)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calibri_lightning.atomic import replacing
 from calibri_lightning.backbones import repeated_tokens
 from calibri_lightning.shapes.pictures import Pictures, draw_pictures
 from calibri_lightning.shapes.pipeline import PipelineConfig, build_pipeline
@@ -85,9 +86,8 @@ def prepare_latents(vae: AutoencoderKL, size: int, config: TrainConfig) -> tuple
         "latents": latents,
         "captions": list(pictures.captions),
     }
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
     return latents, pictures.captions
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch.callbacks import Callback
 
-from calibri_lightning.strategies.search import Cells, Floats
+from calibri_lightning.arrays import Cells, Floats
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

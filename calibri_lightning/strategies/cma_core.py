@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 
 import cma
 import numpy as np
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController
 
+from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.search import (
     FAILED,
-    Cells,
-    Floats,
     SearchCore,
     SearchSpace,
     generation_stream,

@@ -30,7 +30,7 @@ class CMAES(EvolutionStrategy):
             prompts, one step size for all parameters. "default" has a smaller sigma0, smaller steps for
             member weights, 32 candidates with halving and a learning rate of the mean that falls (R2 of
             docs/search.md).
-        sigma0: First step size of a scale. Default: 0.1, or 0.15 for budgets up to 10,000 images.
+        sigma0: First step size of a scale. Default: 0.1, or 0.2 for budgets up to 10,000 images.
         popsize: Candidates of a generation, at least 4.
         bucket_size: Prompts of a generation.
         halving: Prompts added in each round of a generation, bucket_size together; after each round the
@@ -116,7 +116,7 @@ class CMAES(EvolutionStrategy):
             sigma0 = float(earlier["sigma0"])
         if sigma0 is None:
             short = total_images is not None and total_images <= _SHORT_BUDGET_IMAGES
-            sigma0 = 0.25 if self.preset == "official" else 0.15 if short else 0.1
+            sigma0 = 0.25 if self.preset == "official" else 0.2 if short else 0.1
         return {
             "sigma0": sigma0,
             "popsize": self._popsize(num_parameters),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.base import BestVector, CalibratedModule, Strategy
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
@@ -29,7 +30,7 @@ from calibri_lightning.strategies.rounds import (
     on_rank_zero,
     pose,
 )
-from calibri_lightning.strategies.search import Floats, SearchCore
+from calibri_lightning.strategies.search import SearchCore
 from calibri_lightning.strategies.selection import Selection
 
 if TYPE_CHECKING:

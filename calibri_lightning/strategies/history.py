@@ -10,11 +10,12 @@ from typing import Any
 import cma
 import numpy as np
 import torch
-from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_info
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.ledger import digest
-from calibri_lightning.strategies.search import Floats, SearchCore
+from calibri_lightning.strategies.search import SearchCore
 
 Settings = Mapping[str, str | int | float]
 

@@ -18,8 +18,9 @@ from typing import NoReturn
 
 import numpy as np
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
-from calibri_lightning.strategies.search import FAILED, Floats
+from calibri_lightning.strategies.search import FAILED
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.strategies.search import (
-    Cells,
-    Floats,
     SearchCore,
     SearchSpace,
     generation_stream,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
+from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import fingerprint
 from calibri_lightning.strategies.base import CalibratedModule
 from calibri_lightning.strategies.history import digest_candidates
 from calibri_lightning.strategies.ledger import Ledger, Recall, digest
-from calibri_lightning.strategies.search import FAILED, Cells, Floats, SearchCore
+from calibri_lightning.strategies.search import FAILED, SearchCore
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -14,12 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.errors import UserError
-
-Floats = NDArray[np.float64]
-Cells = NDArray[np.bool_]
 
 FAILED = -math.inf
 """Marks an evaluated cell whose reward is not finite: worse than any reward, never a middling one."""

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.strategies.base import BestVector
-from calibri_lightning.strategies.search import Floats
 
 START = "start"
 

@@ -35,11 +35,18 @@ class Setting:
 SETTINGS = {
     "official": Setting("official CMA-ES", ("CMAES", "--model.strategy.preset=official"), 256),
     "r1": Setting(
-        "R1: small steps, annealed", ("CMAES", "--model.strategy.popsize=16", "--model.strategy.halving=[16]"), 256
+        "R1: σ0 0.15, annealed",
+        ("CMAES", "--model.strategy.popsize=16", "--model.strategy.halving=[16]", "--model.strategy.sigma0=0.15"),
+        256,
     ),
-    "r2": Setting("R2: R1 and halving (CMAES default)", ("CMAES",), 256),
+    "narrow": Setting("R2 with σ0 0.15", ("CMAES", "--model.strategy.sigma0=0.15"), 256),
+    "r2": Setting("R2: R1 and halving, σ0 0.2 (CMAES default)", ("CMAES",), 256),
     "p2": Setting("P2: antithetic pairs (PairES)", ("PairES",), 128),
+    "block": Setting("P2, a scale for each block", ("PairES", "--model.calibration.granularity=block"), 128),
+    "gate": Setting("P2, a scale for each gate", ("PairES", "--model.calibration.granularity=gate"), 128),
+    "raw": Setting("P2, raw member weights", ("PairES", "--model.calibration.weight_mode=raw"), 128),
 }
+STRATEGIES = ("official", "r1", "r2", "p2")
 
 
 def run(key: str, seed: int, images: int, points: int, out: Path, extra: list[str]) -> Path:
@@ -59,20 +66,15 @@ def run(key: str, seed: int, images: int, points: int, out: Path, extra: list[st
     return folder / "version_0"
 
 
-def read(folder: Path, per_generation: int) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Held-out validation reward of the mean over images, and the test differences at equal cost."""
+def read(folder: Path, per_generation: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+    """Held-out validation reward of the mean over images, and the differences on the test captions."""
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     start = [float(row["val/start"]) for row in rows if row.get("val/start")]
     mean = [float(row["val/mean"]) for row in rows if row.get("val/mean")]
     steps = [int(row["step"]) + 1 for row in rows if row.get("val/mean")]
     summary = json.loads((folder / "summary.json").read_text())
-    gains = {
-        c["reward"]: (c["difference"]["mean"], c["difference"]["low"], c["difference"]["high"])
-        for c in summary["comparisons"]
-        if c["against"] == "equal NFE"
-    }
-    return np.array([0, *steps]) * per_generation, np.array([*start, *mean]), gains
+    return np.array([0, *steps]) * per_generation, np.array([*start, *mean]), summary["comparisons"]
 
 
 def main() -> None:
@@ -81,7 +83,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3072, help="training images of each run")
     parser.add_argument("--points", type=int, default=3, help="validations of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", default=list(STRATEGIES), choices=SETTINGS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--extra", nargs="*", default=[], help="further options of every fit")
@@ -91,20 +93,21 @@ def main() -> None:
         folders = list(pool.map(lambda t: run(*t, options.images, options.points, options.out, options.extra), tasks))
     table, curves = [], {}
     for (key, seed), folder in zip(tasks, folders, strict=True):
-        images, rewards, gains = read(folder, SETTINGS[key].images_per_generation)
+        images, rewards, comparisons = read(folder, SETTINGS[key].images_per_generation)
         curves.setdefault(key, []).append(rewards)
         curves[f"{key} images"] = images
-        for reward, (mean, low, high) in gains.items():
-            table.append([key, seed, reward, f"{mean:.4f}", f"{low:.4f}", f"{high:.4f}"])
+        for c in comparisons:
+            values = [f"{c['difference'][name]:.4f}" for name in ("mean", "low", "high")]
+            table.append([key, seed, c["reward"], c["against"], *values])
     with (options.out / "strategies.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["setting", "seed", "reward", "gain", "low", "high"], *table])
+        csv.writer(file).writerows([["setting", "seed", "reward", "against", "gain", "low", "high"], *table])
     for key in options.settings:
-        for reward in ("shapes", "shapes_strict"):
-            gains = np.array([float(row[3]) for row in table if row[0] == key and row[2] == reward])
-            sure = sum(float(row[4]) > 0 for row in table if row[0] == key and row[2] == reward)
+        for reward, against in dict.fromkeys((row[2], row[3]) for row in table if row[0] == key):
+            rows = [row for row in table if row[0] == key and row[2:4] == [reward, against]]
+            gains, lows = (np.array([float(row[column]) for row in rows]) for column in (4, 5))
             error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
-            spread = f"{gains.mean():+.4f} +- {error:.4f} s.e."
-            print(f"{key:<9} {reward:<14} gain {spread}, {sure}/{len(gains)} sure: {gains}")
+            spread = f"{gains.mean():+.3f} +- {error:.3f} s.e., {(lows > 0).sum()}/{len(gains)} sure"
+            print(f"{key:<9} {reward:<14} against {against:<14} {spread}: {gains}")
     draw(curves, options.settings, options.out / "strategies.png")
 
 

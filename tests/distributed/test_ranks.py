@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_rewards
 import torch
+from run_files import checkpoint, column, last
 from tiny_runs import CMA, OFFICIAL, PAIRS, TinyRuns, forked, rank_environments
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
@@ -29,11 +29,6 @@ def two(runs: TinyRuns, tmp_path: Path, command: str, name: str, *flags: str) ->
     return runs.latest(name)
 
 
-def column(path: Path, name: str) -> list[float]:
-    with (path / "metrics.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
-
-
 @pytest.mark.parametrize("strategy", [PAIRS, CMA, OFFICIAL], ids=["pairs", "cma", "official"])
 def test_two_ranks_deliver_the_bytes_of_one(runs: TinyRuns, tmp_path: Path, strategy: tuple[str, ...]) -> None:
     """Were candidates buffers, DDP would overwrite rank 1's; were prompts sampled per rank, they would differ."""
@@ -44,7 +39,7 @@ def test_two_ranks_deliver_the_bytes_of_one(runs: TinyRuns, tmp_path: Path, stra
     assert (pair / "calibration.json").read_bytes() == (one / "calibration.json").read_bytes()
     for name in ("val/start", "val/mean", "train/reward_mean", "train/sigma", "budget/images"):
         assert column(pair, name) == column(one, name), name
-    states = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (one, pair)]
+    states = [checkpoint(path) for path in (one, pair)]
     assert states[0]["global_step"] == states[1]["global_step"] == 3
     assert torch.equal(states[0]["state_dict"]["theta"], states[1]["state_dict"]["theta"])
     assert {file.name for file in (pair / "ledger").iterdir()} == {
@@ -90,7 +85,7 @@ def test_kill_on_two_ranks_resumes_on_one(runs: TinyRuns, tmp_path: Path, monkey
     codes = forked([words, words], environments, tmp_path / "log")
     assert codes == [-signal.SIGKILL, -signal.SIGKILL]
     monkeypatch.setenv(tiny_rewards.CALLS, str(tmp_path / "calls"))
-    resumed = runs.fit("cut", *flags, f"--ckpt_path={runs.latest('cut') / 'checkpoints' / 'last.ckpt'}")
+    resumed = runs.fit("cut", *flags, f"--ckpt_path={last(runs.latest('cut'))}")
     assert (resumed / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
     # Of the 9 units 3 + 1 were finished: the first generation, and rank 0's first unit of the second.
     assert len((tmp_path / "calls").read_text().splitlines()) == 9 - 4
@@ -105,21 +100,27 @@ def test_error_on_one_rank_ends_all(runs: TinyRuns, tmp_path: Path) -> None:
     assert "Traceback" not in log
 
 
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks(runs: TinyRuns, tiny_folder: Path) -> None:
-    """The one test with a real launcher, as a user would call it."""
-    one = runs.fit("one", "--trainer.max_steps=1")
+def torchrun(runs: TinyRuns, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Starts a fit on two ranks with the real launcher, as a user would."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "calibri_lightning"]
     environment = {**os.environ, "PYTHONPATH": str(Path(tiny_rewards.__file__).parent), "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        [sys.executable, *launcher, *runs.arguments("fit", "two", *DDP, "--trainer.max_steps=1")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=550,
-        check=False,
-    )
+    words = [sys.executable, *launcher, *runs.arguments("fit", "two", *DDP, *flags)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=550, check=False)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(runs: TinyRuns) -> None:
+    one = runs.fit("one", "--trainer.max_steps=1")
+    answer = torchrun(runs, "--trainer.max_steps=1")
     assert answer.returncode == 0, answer.stderr
     two_ranks = runs.latest("two") / "calibration.json"
     assert two_ranks.read_bytes() == (one / "calibration.json").read_bytes()
     assert answer.stdout.count("Calibrating") == 1, "one rank speaks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["--model.num_stepz=2", "--data.train=null"])
+def test_a_mistake_that_all_ranks_meet_is_one_line(runs: TinyRuns, mistake: str) -> None:
+    answer = torchrun(runs, mistake)
+    assert answer.returncode != 0
+    assert sum(line.startswith("error:") for line in answer.stderr.splitlines()) == 1, answer.stderr

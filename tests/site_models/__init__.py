@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from site_models import flux_like, joint, single_stream, table_blocks, video  # noqa: F401 - they fill the list
+from site_models import flux_like, joint, single_stream, table_blocks, video  # they fill the list
 from site_models.base import CASES, Case, Tiny
 
-__all__ = ["CASES", "Case", "Tiny"]
+__all__ = ["CASES", "Case", "Tiny", "flux_like", "joint", "single_stream", "table_blocks", "video"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from calibri_lightning.calibration.sites import SiteOptions
+from calibri_lightning.calibration import Attachment, SiteOptions, attach, find_sites
 
 BATCH = 3
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
@@ -34,6 +35,15 @@ class Tiny:
         output = self.transformer(**picked, **self.shared, return_dict=False)
         output = output[0] if isinstance(output, tuple) else output
         return torch.stack(output) if isinstance(output, list) else output
+
+    @contextmanager
+    def hooked(self, options: SiteOptions) -> Iterator[Attachment]:
+        """Attaches to the sites of these options for a while: the models are shared between tests."""
+        attachment = attach(self.transformer, find_sites(self.transformer, options))
+        try:
+            yield attachment
+        finally:
+            attachment.detach()
 
     def double(self, keep: tuple[str, ...] = ()) -> Tiny:
         """A copy in float64, but for modules that their model feeds with float32 whatever its dtype."""
@@ -85,6 +95,11 @@ class Draw:
         return Tiny(transformer.requires_grad_(False).eval(), batched, shared)
 
 
+@cache
+def _built(build: Callable[[Draw], Tiny]) -> Tiny:
+    return build(Draw())
+
+
 @dataclass(frozen=True)
 class Case:
     """One model and what is known about it."""
@@ -98,10 +113,9 @@ class Case:
     float32: tuple[str, ...]
     gradients: bool
 
-    @cache  # noqa: B019 - a few dozen tiny models, wanted by every test
     def tiny(self) -> Tiny:
         """The model, shared between tests: do not change it."""
-        return self.build(Draw())
+        return _built(self.build)
 
     def double(self) -> Tiny:
         """A copy in float64."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
+
+from calibri_lightning.calibration import Attachment, attach, find_sites
 
 
 def tiny_sd3(num_layers: int = 3, dual: tuple[int, ...] = (0,), dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -45,6 +48,13 @@ def tiny_flux(dtype: torch.dtype = torch.float32) -> nn.Module:
             axes_dims_rope=(4, 2, 2),
         )
     return model.requires_grad_(False).eval().to(dtype)
+
+
+MODELS = pytest.mark.parametrize("build", [tiny_sd3, tiny_flux])
+
+
+def hooked(model: nn.Module) -> Attachment:
+    return attach(model, find_sites(model))
 
 
 def inputs(model: nn.Module, batch: int, seed: int = 1) -> dict[str, Any]:
@@ -86,3 +96,7 @@ def row(arguments: dict[str, Any], index: int) -> dict[str, Any]:
 def random_scales(batch: int, num_sites: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return (torch.rand(batch, num_sites, generator=generator, dtype=torch.float64) * 3 - 1).to(dtype)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calibration_models import inputs, random_scales, run, tiny_flux, tiny_sd3
+from calibration_models import MODELS, inputs, random_scales, relative, run, tiny_sd3
 from torch import Tensor, nn
 
 from calibri_lightning.calibration import Site, attach, find_sites, fold
@@ -10,11 +10,7 @@ from calibri_lightning.calibration.sites import OutputProjection, PostNormWeight
 from calibri_lightning.errors import UserError
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.mark.parametrize("build", [tiny_sd3, tiny_flux])
+@MODELS
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float64, 1e-13)]
 )

@@ -106,7 +106,7 @@ def save(pipe: StableDiffusion3Pipeline, layout: Layout, theta: np.ndarray, path
 
 
 def layout_of(pipe: StableDiffusion3Pipeline, members, mode="raw", guidance: float = 4.0) -> Layout:
-    return build_layout(find_sites(pipe.transformer), "gate", members, guidance_scale=guidance, weight_mode=mode)  # type: ignore[arg-type]
+    return build_layout(find_sites(pipe.transformer), "gate", members, guidance_scale=guidance, weight_mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["raw", "guidance", "fixed"])

@@ -121,4 +121,4 @@ def test_a_layout_needs_members_it_can_name() -> None:
     with pytest.raises(UserError, match="no member"):
         Layout(SITES, "gate", (), "raw")
     with pytest.raises(UserError, match="prompt of a member is 'image'"):
-        Layout(SITES, "gate", (Member("image", 1.0),), "raw")  # type: ignore[arg-type]
+        Layout(SITES, "gate", (Member("image", 1.0),), "raw")

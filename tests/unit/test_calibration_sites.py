@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from calibration_models import tiny_flux, tiny_sd3
+from calibration_models import MODELS, tiny_sd3
 from torch import nn
 
 from calibri_lightning.calibration import Granularity, build_layout, find_sites
@@ -67,7 +67,7 @@ def test_sd3_blocks_have_exactly_their_branches() -> None:
     ]
 
 
-@pytest.mark.parametrize("build", [tiny_sd3, tiny_flux])
+@MODELS
 def test_no_two_sites_share_a_name_a_hook_or_a_fold(build) -> None:
     sites = find_sites(build())
     for attribute in ("hook", "fold"):

@@ -9,9 +9,10 @@ import cma
 import numpy as np
 import pytest
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.cma_core import CMACore, official_popsize
-from calibri_lightning.strategies.search import FAILED, Floats, SearchSpace, generation_stream
+from calibri_lightning.strategies.search import FAILED, SearchSpace, generation_stream
 
 N = 6
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
@@ -61,18 +62,8 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    defaults = {"max_epochs": -1, "max_steps": 11, "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
-    return Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=bool(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **(defaults | options),
-    )
+    defaults = {"max_steps": 11, "check_val_every_n_epoch": None, "use_distributed_sampler": False}
+    return quiet_trainer(folder, *callbacks, **(defaults | options))
 
 
 def steps(batches: list[PromptBatch]) -> list[int]:

@@ -50,7 +50,7 @@ def make(backbone: SD3) -> Iterator[Callable[..., Evaluator]]:
     attachment = attach(backbone.transformer, find_sites(backbone.transformer))
 
     def build(*rewards: tuple[FunctionReward, float], rows: int = 6, members: str = "cfg") -> Evaluator:
-        layout = build_layout(attachment.sites, "gate", members, 3.0)  # type: ignore[arg-type]
+        layout = build_layout(attachment.sites, "gate", members, 3.0)
         return Evaluator(backbone, attachment, layout, RewardSet.of(*(rewards or REWARDS)), rows)
 
     yield build
@@ -193,7 +193,7 @@ def test_an_interrupted_request_is_completed_with_the_same_bits(make: Callable[.
             points, PROMPTS, SEEDS, STEPS, known=known, rank=rank, world_size=3, gather=gather
         ),
     )
-    assert all(result.rewards.tobytes() == whole.rewards.tobytes() for result in resumed)  # type: ignore[attr-defined]
+    assert all(result.rewards.tobytes() == whole.rewards.tobytes() for result in resumed)
 
 
 def test_a_nan_reward_stays_nan_in_its_cell(make: Callable[..., Evaluator]) -> None:
@@ -286,7 +286,7 @@ def test_out_of_memory_halves_what_is_sampled_at_once(
         if len(x) > limit:
             raise torch.OutOfMemoryError("too many rows")
         sizes.append(len(x))
-        return original(x, *arguments)  # type: ignore[arg-type]
+        return original(x, *arguments)
 
     monkeypatch.setattr(backbone, "velocity", velocity)
     units: list[UnitResult] = []

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from quiet_trainer import quiet_trainer
 
 from calibri_lightning.evaluation import GenerationStats, format_duration, format_progress
 from calibri_lightning.strategies.progress import ProgressLine
@@ -121,17 +122,7 @@ class Search(LightningModule):
 
 
 def fit(callback: ProgressLine, module: Search | None = None) -> None:
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
-    trainer.fit(module or Search())
+    quiet_trainer(None, callback, max_epochs=1).fit(module or Search())
 
 
 def line(generation: int) -> str:
@@ -171,10 +162,7 @@ def test_shorter_lines_cover_longer_ones(monkeypatch):
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((60, 40)))
     out = Terminal()
     callback = ProgressLine(stream=out)
-    module, trainer = (
-        Search(),
-        Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False),
-    )
+    module, trainer = Search(), quiet_trainer(None)
     for name in ("a_rather_long_name", "b"):
         module.last_generation = dataclasses.replace(STATS, reward_name=name)
         callback.on_train_batch_end(trainer, module, None, None, 0)

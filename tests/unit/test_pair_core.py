@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.strategies.pair_core import PairCore
-from calibri_lightning.strategies.search import FAILED, Floats, SearchSpace, generation_stream
+from calibri_lightning.strategies.search import FAILED, SearchSpace, generation_stream
 
 N = 5
 STDS = np.array([1.0, 1.0, 1.0, 0.2, 0.2])

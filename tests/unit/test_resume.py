@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_rewards
 import torch
+from run_files import checkpoint, last
 from tiny_runs import CMA, OFFICIAL, PAIRS, VAL, TinyRuns, forked
 
 from calibri_lightning import read_calibration
@@ -19,10 +20,6 @@ from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 STEPS = "--trainer.max_steps=3"
-
-
-def last(path: Path) -> Path:
-    return path / "checkpoints" / "last.ckpt"
 
 
 def content(path: Path) -> bytes:
@@ -40,8 +37,7 @@ def blocks(log: Path) -> list[tuple[str, int]]:
 
 
 def edit(path: Path, **changes: object) -> None:
-    checkpoint = torch.load(path, weights_only=True)
-    torch.save({**checkpoint, **changes}, path)
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
 
 
 @pytest.fixture
@@ -68,7 +64,7 @@ def test_kill_and_resume_deliver_the_same_bytes(
     [code] = forked([runs.arguments("fit", "cut", *flags)], [environment], tmp_path / "log")
     assert code == -signal.SIGKILL
     cut = runs.latest("cut")
-    assert torch.load(last(cut), weights_only=True)["global_step"] == (1 if where == "generation" else 2)
+    assert checkpoint(cut)["global_step"] == (1 if where == "generation" else 2)
     counted.unlink()
 
     resumed = runs.fit("cut", *flags, f"--ckpt_path={last(cut)}")
@@ -77,8 +73,8 @@ def test_kill_and_resume_deliver_the_same_bytes(
     assert last(cut).is_file(), "the resumed run leaves the old one's checkpoint where it is"
     repeated = 0 if where == "generation" else sizes[3] - 1
     assert calls(counted) == total - (kill_at - 1) + repeated, "finished units of a generation are not made again"
-    trace = torch.load(last(resumed), weights_only=True)["calibri_lightning"]["trace"]
-    assert trace == torch.load(last(whole), weights_only=True)["calibri_lightning"]["trace"], "a hole in the plot"
+    trace = checkpoint(resumed)["calibri_lightning"]["trace"]
+    assert trace == checkpoint(whole)["calibri_lightning"]["trace"], "a hole in the plot"
 
 
 @pytest.mark.parametrize("strategy", [PAIRS, CMA], ids=["pairs", "cma"])
@@ -109,7 +105,7 @@ def test_kill_in_the_closing_validation(runs: TinyRuns, tmp_path: Path, counted:
     [code] = forked([runs.arguments("fit", "cut", *flags)], [{tiny_rewards.KILL_AT: str(total)}], tmp_path / "log")
     assert code == -signal.SIGKILL
     cut = runs.latest("cut")
-    assert torch.load(last(cut), weights_only=True)["global_step"] == 3
+    assert checkpoint(cut)["global_step"] == 3
     assert not (cut / "calibration.json").exists()
     resumed = runs.fit("cut", *flags, f"--ckpt_path={last(cut)}")
     assert content(resumed) == content(whole)
@@ -121,11 +117,11 @@ def test_a_finished_run_resumes_to_itself_and_may_be_extended(runs: TinyRuns) ->
     assert content(again) == content(path)
 
     longer = runs.fit("a", *CMA, "--trainer.max_steps=5", f"--ckpt_path={last(path)}")
-    checkpoint = torch.load(last(longer), weights_only=True)
-    assert checkpoint["global_step"] == 5
-    trace = checkpoint["calibri_lightning"]["trace"]
+    extended = checkpoint(longer)
+    assert extended["global_step"] == 5
+    trace = extended["calibri_lightning"]["trace"]
     assert len(trace["images"]) == 5
-    assert trace["images"][:3] == torch.load(last(path), weights_only=True)["calibri_lightning"]["trace"]["images"]
+    assert trace["images"][:3] == checkpoint(path)["calibri_lightning"]["trace"]["images"]
     score = read_calibration(longer / "calibration.json").obtained_by.validation_score
     assert score >= read_calibration(path / "calibration.json").obtained_by.validation_score
 

@@ -73,7 +73,7 @@ def test_values_that_are_not_finite_become_nan_and_spread_to_the_sum_unless_thei
     ids=["short", "2d", "scalar", "list", "none", "float", "complex"],
 )
 def test_anything_but_one_number_a_picture_is_refused_by_name(returned: object) -> None:
-    reward = FunctionReward("wrong", lambda images, prompts: returned)  # type: ignore[arg-type, return-value]
+    reward = FunctionReward("wrong", lambda images, prompts: returned)
     with pytest.raises(UserError, match=r"'wrong' returned .*shape \[4\]"):
         RewardSet.of((reward, 1.0)).score(IMAGES, PROMPTS)
 
@@ -125,8 +125,8 @@ def test_extra_metrics_are_reported_and_not_optimised() -> None:
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> str:
     module = types.ModuleType("my_rewards")
-    module.mean = lambda images, prompts: images.mean(dim=(1, 2, 3))  # type: ignore[attr-defined]
-    module.Twofold, module.made, module.number = Twofold, Twofold(), 3  # type: ignore[attr-defined]
+    module.mean = lambda images, prompts: images.mean(dim=(1, 2, 3))
+    module.Twofold, module.made, module.number = Twofold, Twofold(), 3
     monkeypatch.setitem(sys.modules, "my_rewards", module)
     return "my_rewards"
 

@@ -64,7 +64,7 @@ def test_euler_steps_integrate_a_linear_ode_exactly_where_it_is_straight() -> No
 def test_a_batch_of_candidates_and_members_equals_loops_over_them(
     backbone: SD3, attachment: Attachment, members: str | int, guidance: float
 ) -> None:
-    layout = build_layout(attachment.sites, "gate", members, guidance)  # type: ignore[arg-type]
+    layout = build_layout(attachment.sites, "gate", members, guidance)
     rows = layout.rows(candidates(layout, 3))
     noise = backbone.noise([1, 2, 3])
     prompts = backbone.encode(["a red circle", "two blue squares", "a red circle"])
@@ -146,7 +146,7 @@ def test_the_loop_never_waits_for_the_device(
     def velocity(*arguments: object) -> Tensor:
         nonlocal inside
         inside = True
-        return original(*arguments)  # type: ignore[arg-type]
+        return original(*arguments)
 
     def forbid(name: str) -> None:
         method = getattr(Tensor, name)

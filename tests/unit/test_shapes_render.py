@@ -4,6 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from shapes_pictures import OPPOSITE, rng
 
 from calibri_lightning.shapes.captions import COLOURS, RELATIONS, SHAPES, Relation, Scene, SceneObject, scenes
 from calibri_lightning.shapes.render import (
@@ -23,11 +24,6 @@ AREAS = {
     "square": lambda r: (2 * SQUARE_SIDE * r) ** 2,
     "triangle": lambda r: 0.75 * np.sqrt(3) * (TRIANGLE_RADIUS * r) ** 2,
 }
-OPPOSITE: dict[Relation, Relation] = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-
-
-def rng(seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(seed))
 
 
 @pytest.fixture(scope="module")

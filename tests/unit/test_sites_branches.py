@@ -17,7 +17,7 @@ from site_models import CASES, Case, Tiny
 from site_models.base import BATCH
 from torch import Tensor, nn
 
-from calibri_lightning.calibration import Attachment, Site, SiteOptions, attach, find_sites
+from calibri_lightning.calibration import Attachment, Site, SiteOptions
 
 MLPS = ("ff", "ff_context", "img_mlp", "txt_mlp", "mlp", "feed_forward", "ffn", "gate_proj", "block.ff_i", "block.ff_t")
 CROSS = ("attn2", "cross_attention")
@@ -84,8 +84,7 @@ def expected(site: Site, layers: set[str]) -> set[str]:
 @torch.no_grad()
 def test_a_site_scales_the_branch_and_the_stream_of_its_name(case: Case) -> None:
     tiny = case.tiny()
-    attachment = attach(tiny.transformer, find_sites(tiny.transformer, case.options))
-    try:
+    with tiny.hooked(case.options) as attachment:
         for column, site in enumerate(attachment.sites):
             block = tiny.transformer.get_submodule(site.block)
             if site.choice == "split" or type(block).__name__ in PARALLEL:
@@ -103,8 +102,6 @@ def test_a_site_scales_the_branch_and_the_stream_of_its_name(case: Case) -> None
             assert found & ({"mlp", "xattn"} if "xattn" in layers else {"mlp"}) == expected(site, layers), site.name
             if {"image", "text"} <= runs[0].seen.keys():
                 assert found & {"image", "text"} == {site.stream}, site.name
-    finally:
-        attachment.detach()
 
 
 def through(
@@ -135,8 +132,7 @@ def through(
 def test_a_block_is_linear_in_the_scale_of_its_only_branch(case: Case) -> None:
     # A scale in front of a norm, where the norm undoes it, is what this finds.
     tiny = case.tiny()
-    attachment = attach(tiny.transformer, find_sites(tiny.transformer, case.options))
-    try:
+    with tiny.hooked(case.options) as attachment:
         for column, site in enumerate(attachment.sites):
             if case.name == "auraflow" and site.layer == "attn":
                 continue  # it acts through the MLP
@@ -144,8 +140,6 @@ def test_a_block_is_linear_in_the_scale_of_its_only_branch(case: Case) -> None:
             steps = [torch.cat([(b - a).flatten() for a, b in zip(*pair, strict=True)]) for pair in (at[:2], at[1:])]
             assert steps[0].norm() > 1e-2, site.name
             assert torch.allclose(steps[0], steps[1], atol=1e-5 * float(at[1][0].abs().max())), site.name
-    finally:
-        attachment.detach()
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -154,13 +148,10 @@ def test_a_block_whose_scales_are_0_is_the_identity(case: Case) -> None:
     # No branch is forgotten. (Halves of a fused block leave the bias of their projection, so take it whole.)
     tiny = case.tiny()
     options = SiteOptions(cross_attention=case.options.cross_attention)
-    attachment = attach(tiny.transformer, find_sites(tiny.transformer, options))
-    try:
+    with tiny.hooked(options) as attachment:
         for block in dict.fromkeys(site.block for site in attachment.sites):
             if getattr(tiny.transformer.get_submodule(block), "skip_linear", None) is not None:
                 continue  # HunyuanDiT's later blocks mix in an earlier one first
             given, returned = through(tiny, attachment, block, {})
             for output in returned:
                 assert any(torch.equal(output, value) for value in given if value.shape == output.shape), block
-    finally:
-        attachment.detach()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-from site_models import CASES, Case, Tiny
+from calibration_models import relative
+from site_models import CASES, Case
 from torch import Tensor
 
-from calibri_lightning.calibration import Attachment, Site, SiteOptions, attach, find_sites, fold, probe
+from calibri_lightning.calibration import Site, SiteOptions, attach, find_sites, fold, probe
 from calibri_lightning.calibration.sites import BLOCKS, DEFAULT_OPTIONS
 from calibri_lightning.errors import UserError
 
@@ -24,29 +23,16 @@ EVERY = pytest.mark.parametrize(
 pytestmark = pytest.mark.usefixtures("untouched_rng")
 
 
-@contextmanager
-def hooked(tiny: Tiny, options: SiteOptions) -> Iterator[Attachment]:
-    attachment = attach(tiny.transformer, find_sites(tiny.transformer, options))
-    try:
-        yield attachment
-    finally:
-        attachment.detach()
-
-
 def draw(rows: int, num_sites: int, low: float, high: float) -> Tensor:
     uniform = torch.rand(rows, num_sites, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return low + (high - low) * uniform
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @EVERY
 @torch.no_grad()
 def test_every_site_has_an_effect_but_those_known_to_be_dead(case: Case, options: SiteOptions) -> None:
     tiny = case.tiny()
-    with hooked(tiny, options) as attachment:
+    with tiny.hooked(options) as attachment:
         dead = probe(attachment, tiny)
     assert [site.name for site in dead] == list(case.dead)
 
@@ -56,7 +42,7 @@ def test_every_site_has_an_effect_but_those_known_to_be_dead(case: Case, options
 def test_each_row_has_its_own_scales(case: Case, options: SiteOptions) -> None:
     tiny = case.tiny()
     plain = tiny()
-    with hooked(tiny, options) as attachment:
+    with tiny.hooked(options) as attachment:
         scales = draw(len(plain), len(attachment.sites), -1.0, 2.0).float()
         with attachment.rows(scales):
             together = tiny()
@@ -72,7 +58,7 @@ def test_each_row_has_its_own_scales(case: Case, options: SiteOptions) -> None:
 def test_scales_of_one_change_no_bit_and_unhooking_restores_the_model(case: Case, options: SiteOptions) -> None:
     tiny = case.tiny()
     before, attributes = tiny(), {name: set(vars(m)) for name, m in tiny.transformer.named_modules()}
-    with hooked(tiny, options) as attachment:
+    with tiny.hooked(options) as attachment:
         assert torch.equal(tiny(), before)
         with attachment.rows(torch.ones(len(before), len(attachment.sites))):
             assert torch.equal(tiny(), before)
@@ -116,7 +102,7 @@ def test_gradients_equal_finite_differences_for_every_kind_of_hook(case: Case, o
     with torch.no_grad():
         plain = tiny()
     direction = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2)).double()
-    with hooked(tiny, options) as attachment:
+    with tiny.hooked(options) as attachment:
         sites = attachment.sites
         scales = draw(len(plain), len(sites), 0.5, 1.5)
 
@@ -144,7 +130,7 @@ def test_gradients_equal_finite_differences_for_every_kind_of_hook(case: Case, o
 def test_blocks_with_the_same_rows_share_their_hook_functions(case: Case, options: SiteOptions) -> None:
     tiny = case.tiny()
     rows: dict[str, list[Site]] = {}
-    with hooked(tiny, options) as attachment:
+    with tiny.hooked(options) as attachment:
         for site in attachment.sites:
             rows.setdefault(site.block, []).append(site)
         seen: dict[object, list[object]] = {}

@@ -27,12 +27,13 @@ from calibri_lightning.calibration import (
     fingerprint,
     fold,
     layout_for,
+    load_start,
     read_calibration,
     write_calibration,
 )
 from calibri_lightning.calibration.sites import WITHOUT_SITES, ColumnBlock, InputColumns, Site
-from calibri_lightning.checkpoint import describe, load_start, require_same
 from calibri_lightning.errors import UserError
+from calibri_lightning.resume import describe, require_same
 
 SPLIT = SiteOptions(split_fused=True)
 MODELS = {case.name: case for case in CASES}

@@ -15,16 +15,16 @@ from fake_module import (
     N,
     SaveAlways,
     fit,
-    make_trainer,
 )
 from lightning.pytorch import Callback
+from quiet_trainer import quiet_trainer
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.sampling.grid import Evaluation
 from calibri_lightning.strategies import CMAES, EvolutionStrategy, PairES
 from calibri_lightning.strategies.cma_core import CMACore
-from calibri_lightning.strategies.search import Floats
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -52,7 +52,7 @@ def test_all_candidates_of_a_generation_see_the_same_prompts_and_noise(tmp_path:
         assert len(prompts) == len(seeds) == 4
         return evaluate(thetas, prompts, seeds, **kw)
 
-    module.evaluate = spy  # type: ignore[method-assign]
+    module.evaluate = spy
     fit(module, 3)
     assert len(set(seen)) == 3
     assert len({seed for seeds in seen for seed in seeds}) == 12  # no noise comes twice
@@ -104,7 +104,7 @@ def test_validation_of_a_checkpoint_offers_start_and_best(tmp_path: Path) -> Non
     assert module.strategy.best is not None
     fresh = FakeModule(STRATEGIES["default"](), tmp_path)
     fresh.strategy.load_state_dict(next(iter(torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"].values())))
-    fresh._trainer = make_trainer(tmp_path, 1)
+    fresh._trainer = quiet_trainer(tmp_path, max_steps=1)
     thetas = fresh.strategy.validation_thetas(fresh)
     assert list(thetas) == ["start", "best"]
 
@@ -122,14 +122,14 @@ def test_default_preset_is_r2_and_its_annealing_follows_the_generations(tmp_path
             rates.append(strategy._core.es.sp.cmean)
 
     module = FakeModule(strategy, tmp_path)
-    trainer = make_trainer(tmp_path, 4)
+    trainer = quiet_trainer(tmp_path, max_steps=4)
     trainer.callbacks.append(Watch())
-    module.configure_callbacks = lambda: [strategy, Watch()]  # type: ignore[method-assign]
+    module.configure_callbacks = lambda: [strategy, Watch()]
     trainer.fit(module)
     core = strategy._core
     assert isinstance(core, CMACore)
     assert (core.popsize, core.rounds, core.num_cells) == (32, (4, 4, 8), 256)
-    assert core.es.sigma0 == 0.15  # 1,024 images are a short budget
+    assert core.es.sigma0 == 0.2  # 1,024 images are a short budget
     np.testing.assert_array_equal(core.es.opts["CMA_stds"], [1, 1, 1, 1, 1, 0.2])
     assert rates[-4:] == pytest.approx([1 - 0.7 * g / 4 for g in range(4)])
 
@@ -146,7 +146,7 @@ def test_official_preset_has_the_published_settings(tmp_path: Path) -> None:
     assert core.es.sp.cmean == 1
 
 
-@pytest.mark.parametrize(("max_steps", "sigma0"), [(39, 0.15), (40, 0.1)])
+@pytest.mark.parametrize(("max_steps", "sigma0"), [(39, 0.2), (40, 0.1)])
 def test_sigma0_depends_on_the_budget(max_steps: int, sigma0: float) -> None:
     assert CMAES().resolve(N, max_steps * 256, {})["sigma0"] == sigma0
     assert CMAES(sigma0=0.3).resolve(N, max_steps * 256, {})["sigma0"] == 0.3

@@ -14,9 +14,9 @@ from fake_module import (
     StopAt,
     fingerprint,
     fit,
-    make_trainer,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -65,7 +65,7 @@ def test_checkpoints_of_lightnings_own_callback_resume_exactly(tmp_path: Path) -
     fit(whole, 5)
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     first = FakeModule(STRATEGIES["default"](), tmp_path / "run")
-    trainer = make_trainer(tmp_path, 5, saver, enable_checkpointing=True)
+    trainer = quiet_trainer(tmp_path, saver, max_steps=5)
     trainer.fit(first)
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [f"step={n}.ckpt" for n in range(1, 6)]
     for step in (1, 4):

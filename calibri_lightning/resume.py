@@ -1,0 +1,88 @@
+"""What a checkpoint holds, and what must agree for a run to go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from calibri_lightning.calibration import Layout, SiteOptions, fingerprint, weights_digest
+from calibri_lightning.errors import UserError
+
+KEY = "calibri_lightning"
+"""Where our own part of a checkpoint stands."""
+
+
+def describe(module: nn.Module, layout: Layout, transformer: nn.Module) -> dict[str, Any]:
+    """What must agree between a checkpoint and the run that loads it.
+
+    Args:
+        module: The module.
+        layout: The meaning of theta.
+        transformer: The model.
+
+    Returns:
+        Plain values.
+    """
+    made = fingerprint(transformer)
+    return {
+        "model": [made.transformer_class, made.num_parameters, made.sites_hash],
+        "weights": weights_digest(transformer),
+        "parameters": list(layout.names),
+        "site_options": asdict(layout.site_options),
+        "trained": {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad},
+    }
+
+
+def require_same(here: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Checks that a checkpoint is of the model and of the parameters of this run.
+
+    Non-strict loading would hide a missing tensor, and two layouts may have equally many parameters.
+
+    Args:
+        here: What `describe` says of this run.
+        checkpoint: The checkpoint.
+
+    Raises:
+        UserError: If it is not.
+    """
+    there = dict(checkpoint[KEY]["describes"])
+    held = {name: list(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    details = []
+    if there["model"] != here["model"]:
+        details.append(f"its model is another {there['model'][0]}, of {there['model'][1]:,} parameters")
+    elif there["weights"] != here["weights"]:
+        details.append("its model has other weights than this one")
+    if there["parameters"] != here["parameters"]:
+        odd = sorted(set(there["parameters"]) ^ set(here["parameters"])) or ["their order"]
+        details.append(
+            f"it has {len(there['parameters'])} parameters and this run {len(here['parameters'])}, which differ, "
+            f"for example, in {odd[0]}"
+        )
+    elif there.get("site_options", asdict(SiteOptions())) != here["site_options"]:
+        details.append("its scales of whole blocks act on other sites (cross_attention, split_fused)")
+    elif held != here["trained"]:
+        odd = sorted(name for name in held.keys() | here["trained"] if held.get(name) != here["trained"].get(name))
+        details.append(f"{odd[0]} is absent or of another shape")
+    if details:
+        raise UserError(
+            f"The checkpoint does not fit this run: {'; '.join(details)}. --ckpt_path takes a run's own model, "
+            "granularity, members, weight_mode and site options: restore its config.yaml, or start a new run with "
+            "--model.init_from."
+        )
+
+
+def keep_trainable(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drops the frozen base from a state dict.
+
+    Args:
+        module: The module.
+        state: Its state dict.
+
+    Returns:
+        The trainable part.
+    """
+    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name in names}
