@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calibri_lightning.assembly import CalibrationConfig
-    from calibri_lightning.backbones import SD3
+    from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Krea2, Lumina2, QwenImage, Stock, ZImage
     from calibri_lightning.calibration import fuse, load_calibration, read_calibration, unload_calibration
     from calibri_lightning.data import PromptData
     from calibri_lightning.errors import UserError
@@ -21,10 +21,17 @@ _HOMES = {
     "CMAES": "strategies",
     "CalibrationConfig": "assembly",
     "CalibriModule": "module",
+    "FLUX1": "backbones",
+    "FLUX2": "backbones",
+    "Krea2": "backbones",
+    "Lumina2": "backbones",
     "PairES": "strategies",
     "PromptData": "data",
+    "QwenImage": "backbones",
     "SD3": "backbones",
+    "Stock": "backbones",
     "UserError": "errors",
+    "ZImage": "backbones",
     "fuse": "calibration",
     "load_calibration": "calibration",
     "read_calibration": "calibration",
@@ -33,12 +40,19 @@ _HOMES = {
 
 __all__ = [
     "CMAES",
+    "FLUX1",
+    "FLUX2",
     "SD3",
     "CalibrationConfig",
     "CalibriModule",
+    "Krea2",
+    "Lumina2",
     "PairES",
     "PromptData",
+    "QwenImage",
+    "Stock",
     "UserError",
+    "ZImage",
     "fuse",
     "load_calibration",
     "read_calibration",

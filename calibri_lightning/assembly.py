@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from calibri_lightning.backbones import Backbone
 from calibri_lightning.calibration import (
     Attachment,
     Granularity,
     Layout,
     MemberSpec,
+    SiteOptions,
     WeightMode,
     attach,
     build_layout,
@@ -33,15 +32,19 @@ class CalibrationConfig:
     Attributes:
         granularity: How sites share scales: block, layer or gate.
         members: single, cfg (prompt and negative prompt), or a number of ensemble members.
-        guidance_scale: Guidance at the start, for cfg.
+        guidance_scale: Guidance at the start, for cfg; the number means what it means to the stock pipeline.
         weight_mode: What is learned about the members' weights: fixed (nothing), raw (each) or guidance (strength and
             guidance).
+        cross_attention: Scale cross-attentions that the model itself does not gate, too (Wan, LTX, Sana, PixArt).
+        split_fused: Scale attention and MLP of single-stream blocks apart (FLUX and its kin).
     """
 
     granularity: Granularity = "gate"
     members: MemberSpec = "cfg"
     guidance_scale: float = 7.0
     weight_mode: WeightMode = "raw"
+    cross_attention: bool = False
+    split_fused: bool = False
 
 
 def assemble(backbone: Backbone, config: CalibrationConfig) -> tuple[Layout, Attachment]:
@@ -55,22 +58,19 @@ def assemble(backbone: Backbone, config: CalibrationConfig) -> tuple[Layout, Att
         The meaning of theta, and the hooks.
 
     Raises:
-        UserError: If the transformer's blocks are unknown, or the configuration is out of its range.
+        UserError: If the transformer's blocks are unknown, or the configuration is out of its range, of what the model
+            can do, or asks for sites that the transformer lacks.
     """
+    backbone.check_members(config.members, config.weight_mode)
     transformer = backbone.transformer
-    sites = find_sites(transformer)
+    sites = find_sites(transformer, SiteOptions(config.cross_attention, config.split_fused))
     attachment = attach(transformer, sites)
-    dead = probe(attachment, lambda: _probe_forward(backbone))
+    dead = probe(attachment, lambda: backbone.probe_forward(PROBE_ROWS))
     if dead:
         _log.warning("No effect on the output, left out: %s.", ", ".join(site.name for site in dead))
         attachment.detach()
         sites = tuple(site for site in sites if site not in dead)
         attachment = attach(transformer, sites)
-    layout = build_layout(sites, config.granularity, config.members, config.guidance_scale, config.weight_mode)
+    guidance = backbone.plain_guidance(config.guidance_scale)
+    layout = build_layout(sites, config.granularity, config.members, guidance, config.weight_mode)
     return layout, attachment
-
-
-def _probe_forward(backbone: Backbone) -> Tensor:
-    noise = backbone.noise(range(PROBE_ROWS))
-    sigma = backbone.schedule(2)[1].to(noise).expand(PROBE_ROWS)
-    return backbone.velocity(noise, sigma, backbone.encode([""] * PROBE_ROWS))

@@ -7,6 +7,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from calibri_lightning.calibration import Layout, check_model, fingerprint, read_calibration, weights_digest
+from calibri_lightning.calibration import (
+    Layout,
+    SiteOptions,
+    check_model,
+    fingerprint,
+    read_calibration,
+    weights_digest,
+)
 from calibri_lightning.errors import UserError
 
 CALIBRATION = "calibration.json"
@@ -211,6 +219,7 @@ def describe(module: nn.Module, layout: Layout, transformer: nn.Module) -> dict[
         "model": [made.transformer_class, made.num_parameters, made.sites_hash],
         "weights": weights_digest(transformer),
         "parameters": list(layout.names),
+        "site_options": asdict(layout.site_options),
         "trained": {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad},
     }
 
@@ -240,13 +249,16 @@ def require_same(here: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None
             f"it has {len(there['parameters'])} parameters and this run {len(here['parameters'])}, which differ, "
             f"for example, in {odd[0]}"
         )
+    elif there.get("site_options", asdict(SiteOptions())) != here["site_options"]:
+        details.append("its scales of whole blocks act on other sites (cross_attention, split_fused)")
     elif held != here["trained"]:
         odd = sorted(name for name in held.keys() | here["trained"] if held.get(name) != here["trained"].get(name))
         details.append(f"{odd[0]} is absent or of another shape")
     if details:
         raise UserError(
             f"The checkpoint does not fit this run: {'; '.join(details)}. --ckpt_path takes a run's own model, "
-            "granularity, members and weight_mode: restore its config.yaml, or start a new run with --model.init_from."
+            "granularity, members, weight_mode and site options: restore its config.yaml, or start a new run with "
+            "--model.init_from."
         )
 
 
@@ -287,6 +299,9 @@ def load_start(source: str, layout: Layout, transformer: nn.Module) -> np.ndarra
         other.append(f"weight_mode {file.weight_mode}")
     elif file.weight_mode == "fixed" and file.members != layout.members:
         other.append("fixed weights " + ", ".join(f"{member.weight:g}" for member in file.members))
+    if file.site_options != layout.site_options:
+        flags = asdict(file.site_options).items()
+        other.append(", ".join(f"{name} {str(value).lower()}" for name, value in flags))
     if other:
         raise UserError(
             f"init_from {source} was made with {' and '.join(other)}; this run has granularity {layout.granularity}, "

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 # Imported so that YAML may name them without a path: `class_path: PairES`.
-from calibri_lightning.backbones import SD3
+from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Krea2, Lumina2, QwenImage, Stock, ZImage
 from calibri_lightning.checkpoint import CheckpointFiles, ResumeHint, RunCheckpoint, check_exists
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
@@ -29,7 +29,7 @@ from calibri_lightning.strategies import CMAES, PairES
 
 set_parsing_settings(add_print_completion_argument=True)
 
-SHORT_NAMES = (SD3, PairES, CMAES)
+SHORT_NAMES = (SD3, FLUX1, FLUX2, QwenImage, ZImage, Lumina2, Krea2, Stock, PairES, CMAES)
 """Classes that a configuration may name without their module."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {

@@ -1,14 +1,14 @@
-"""What a test compares: the base at equal and at full cost, and the calibration."""
+"""What a test compares: the base at equal and at full cost, the learned weights alone, and the calibration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibri_lightning.evaluation import Condition
+from calibri_lightning.evaluation import Condition, Role
 
 if TYPE_CHECKING:
     from calibri_lightning.module import CalibriModule
@@ -23,8 +23,8 @@ class Way:
 
     name: str
     """What the table calls it."""
-    role: Literal["base", "calibrated"]
-    """Whether the calibration is on."""
+    role: Role
+    """What of the calibration is on."""
     theta: Floats
     """Parameters, float64 [n]."""
     num_steps: int
@@ -44,7 +44,7 @@ class Conditions:
 
     @classmethod
     def of(cls, module: CalibriModule) -> Conditions:
-        """Base and calibrated at the module's steps, and the base at full cost.
+        """Base, calibrated and the learned member weights alone at the module's steps, and the base at full cost.
 
         Args:
             module: The module; its theta is what is tested.
@@ -57,6 +57,12 @@ class Conditions:
         ways = [Way(f"base @ {few} steps", "base", base, few)]
         if full and full != few:
             ways.append(Way(f"base @ {full} steps", "base", base, full))
+        # The weights stand behind the scales; guidance alone explains part of many a gain.
+        num_scales = len(module.layout.members) * len(module.layout.scale_names)
+        weights = np.concatenate([base[:num_scales], theta[num_scales:]])
+        if not (np.array_equal(weights, base) or np.array_equal(weights, theta)):
+            name = "guidance" if module.layout.weight_mode == "guidance" else "weights"
+            ways.append(Way(f"{name} alone @ {few} steps", "weights", weights, few))
         if not np.array_equal(theta, base):
             ways.append(Way(f"calibrated @ {few} steps", "calibrated", theta, few))
         return cls(tuple(ways))

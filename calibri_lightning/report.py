@@ -77,6 +77,7 @@ class RunReport:
             granularity=module.layout.granularity,
             members=module.layout.members,
             weight_mode=module.layout.weight_mode,
+            site_options=module.layout.site_options,
             model=fingerprint(module.backbone.transformer, module.backbone.name),
             obtained_by=ObtainedBy(
                 strategy=type(module.strategy).__name__,
@@ -174,7 +175,7 @@ class RunReport:
         if not batch.prompts:
             return [], []
         panels = []
-        for way in conditions.ways:
+        for way in (way for way in conditions.ways if way.role != "weights"):
             pictures = torch.zeros(len(batch.prompts), 3, *module.backbone.image_size, device=module.device)
             for position, picture in module.pictures(way.theta, batch, way.num_steps).items():
                 pictures[position] = picture.to(module.device)

@@ -8,63 +8,20 @@ adapter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from calibri_lightning.backbones.conditioning import Conditioning
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a transformer is told about its prompts: named tensors whose first dimension counts prompts."""
-
-    tensors: Mapping[str, Tensor]
-    """Tensors [B, ...] under names that only the backbone interprets."""
-
-    def __len__(self) -> int:
-        """Number of prompts B."""
-        return len(next(iter(self.tensors.values())))
-
-    def take(self, indices: Tensor | Sequence[int]) -> Conditioning:
-        """Selects rows, with repetition where an index repeats.
-
-        Args:
-            indices: Row numbers [N]; a tensor on the conditioning's device avoids a copy.
-
-        Returns:
-            A conditioning of N rows.
-        """
-        device = next(iter(self.tensors.values())).device
-        rows = torch.as_tensor(indices, dtype=torch.long, device=device)
-        return Conditioning({name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()})
-
-    def to(self, device: torch.device | str) -> Conditioning:
-        """Moves all tensors.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            The moved conditioning.
-        """
-        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Joins conditionings row-wise.
-
-        Args:
-            parts: At least one, all with the same names.
-
-        Returns:
-            The rows of all parts, in order.
-        """
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+    from calibri_lightning.calibration.attach import Attachment
+    from calibri_lightning.calibration.scales import Member, MemberSpec, Rows, WeightMode
+    from calibri_lightning.sampling.rollout import Samples
 
 
 class Backbone(ABC):
@@ -80,6 +37,8 @@ class Backbone(ABC):
     """Height and width of a picture, pixels."""
     dtype: torch.dtype
     """Type of weights and activations; latents and velocities are float32 between forwards."""
+    guides_by_first_member: ClassVar[bool] = False
+    """Whether `guide` reads the first member's velocity even where its weight is 0 (see `rescaling`)."""
 
     def __init__(self) -> None:
         """Starts with an empty cache of encoded texts."""
@@ -103,7 +62,7 @@ class Backbone(ABC):
         """Runs the text encoders on one text.
 
         Args:
-            text: A prompt or negative prompt.
+            text: What `phrase` made of a prompt or negative prompt.
 
         Returns:
             A conditioning of one row, on the text encoders' device.
@@ -148,30 +107,66 @@ class Backbone(ABC):
             x: Latents [B, ...].
 
         Returns:
-            float32 [B, 3, H, W] in 0..1.
+            float32 [B, 3, H, W] in 0..1; [B, F, 3, H, W], F frames each, from a video model.
         """
 
+    def check_members(self, members: MemberSpec, weight_mode: WeightMode) -> None:  # noqa: B027 - most take all
+        """Refuses a calibration that this model cannot sample; called before anything is attached.
+
+        Args:
+            members: What the configuration says of the members.
+            weight_mode: What is learned about their weights.
+
+        Raises:
+            UserError: If the model cannot serve them.
+        """
+
+    def plain_guidance(self, guidance_scale: float) -> float:
+        """Translates the guidance scale of the stock pipeline's call.
+
+        Args:
+            guidance_scale: The number as users of the stock pipeline know it.
+
+        Returns:
+            g of u + g (c - u), with c and u the velocities of prompt and negative prompt.
+        """
+        return guidance_scale
+
+    def phrase(self, text: str, negative: bool) -> str:
+        """What the text encoders are to read.
+
+        Args:
+            text: A prompt or negative prompt.
+            negative: Which of them it is.
+
+        Returns:
+            The text, with what the stock pipeline puts before prompts alone.
+        """
+        return text
+
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Conditioning:
+    def encode(self, texts: Sequence[str], negative: bool = False) -> Conditioning:
         """Encodes texts, each text once in the life of the backbone.
 
         Each text is encoded alone, so that its embedding depends on nothing else, whatever the number of
         ranks. The cache is on the CPU: thousands of T5 embeddings would fill a GPU.
 
         Args:
-            texts: Prompts or negative prompts; they may repeat.
+            texts: Prompts, or negative prompts; they may repeat.
+            negative: Whether they are negative prompts.
 
         Returns:
             One row a text, in order, on the transformer's device.
         """
-        missing = [text for text in dict.fromkeys(texts) if text not in self._encoded]
+        phrases = [self.phrase(text, negative) for text in texts]
+        unique = {phrase: row for row, phrase in enumerate(dict.fromkeys(phrases))}
+        missing = [phrase for phrase in unique if phrase not in self._encoded]
         if missing:
             self.text_encoders().to(self.device)
-        for text in missing:
-            self._encoded[text] = self.encode_text(text).to("cpu")
-        unique = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        rows = Conditioning.cat([self._encoded[text] for text in unique]).to(self.device)
-        return rows if len(unique) == len(texts) else rows.take([unique[text] for text in texts])
+        for phrase in missing:
+            self._encoded[phrase] = self.encode_text(phrase).to("cpu")
+        rows = Conditioning.cat([self._encoded[phrase] for phrase in unique]).to(self.device)
+        return rows if len(unique) == len(phrases) else rows.take([unique[phrase] for phrase in phrases])
 
     def release_text_encoders(self) -> None:
         """Moves the text encoders to the CPU; `encode` brings them back when it meets a new text."""
@@ -201,6 +196,35 @@ class Backbone(ABC):
             sum over m of omega_m v_m, shaped [B, ...].
         """
         return (velocities * weights.reshape(*weights.shape, *[1] * (velocities.dim() - 2))).sum(dim=1)
+
+    def sample(
+        self,
+        attachment: Attachment,
+        rows: Rows,
+        members: Sequence[Member],
+        prompts: Conditioning,
+        negatives: Conditioning | None,
+        noise: Tensor,
+        num_steps: int,
+    ) -> Samples:
+        """Draws pictures as latents; arguments and result are those of `sampling.rollout.sample`."""
+        from calibri_lightning.sampling.rollout import sample
+
+        return sample(self, attachment, rows, members, prompts, negatives, noise, num_steps)
+
+    @torch.no_grad()
+    def probe_forward(self, num_rows: int) -> Tensor:
+        """Runs the transformer on a fixed batch, to find out which sites have an effect.
+
+        Args:
+            num_rows: Rows of the batch, all with the empty prompt.
+
+        Returns:
+            The output, a tensor of as many rows as the transformer saw.
+        """
+        noise = self.noise(range(num_rows))
+        sigma = self.schedule(2)[1].to(noise).expand(num_rows)
+        return self.velocity(noise, sigma, self.encode([""] * num_rows))
 
     def to(self, device: torch.device | str) -> Backbone:
         """Moves all networks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,17 +23,18 @@ DType = Literal["float32", "bfloat16"]
 SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
 """The embedded pipeline, an ordinary diffusers folder."""
 
+BACKBONE_OF: dict[str, str] = {}
+"""Pipeline class to the backbone of its family; filled by `Native`."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def load_pipeline(
-    cls: type[DiffusionPipeline], pretrained: str, dtype: DType, revision: str | None
-) -> DiffusionPipeline:
+def load_pipeline(class_names: Sequence[str], pretrained: str, dtype: DType, revision: str | None) -> DiffusionPipeline:
     """Loads a pipeline from a folder, the Hub or the package; never from pickle, only from safetensors.
 
     Args:
-        cls: Pipeline class that the folder must hold.
+        class_names: Pipeline classes of diffusers of which the folder must hold one; none for any.
         pretrained: "shapes", a folder, or a Hub id "owner/name".
         dtype: Type of all networks.
         revision: Branch, tag or commit of a Hub repository.
@@ -45,8 +47,9 @@ def load_pipeline(
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
-    folder = _folder(cls, pretrained, revision)
-    index = check_folder(folder, cls.__name__)
+    folder = _folder(class_names, pretrained, revision)
+    class_name, index = check_folder(folder, class_names)
+    cls = _pipeline_class(class_name, folder)
     networks = {
         name: _load_network(folder, name, network, getattr(torch, dtype))
         for name, entry in index.items()
@@ -59,7 +62,7 @@ def load_pipeline(
     # A damaged file surfaces as one of a dozen exception classes of six libraries.
     except Exception as error:
         raise UserError(
-            f"The model folder {folder} could not be loaded ({_first_line(error)}). "
+            f"The model folder {folder} could not be loaded ({first_line(error)}). "
             "Check that its files belong together and are complete."
         ) from error
     pipe.set_progress_bar_config(disable=True)
@@ -67,7 +70,19 @@ def load_pipeline(
     return pipe
 
 
-def _folder(cls: type[DiffusionPipeline], pretrained: str, revision: str | None) -> Path:
+def _pipeline_class(name: str, folder: Path) -> type[DiffusionPipeline]:
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise UserError(
+            f"The model folder {folder} holds a {name}, which diffusers {diffusers.__version__} does not have; code "
+            "that comes with a model is never run. Choose a model of a class that diffusers has."
+        )
+    return found
+
+
+def _folder(class_names: Sequence[str], pretrained: str, revision: str | None) -> Path:
     if pretrained == "shapes":
         if not SHAPES_FOLDER.is_dir():
             raise UserError(
@@ -82,12 +97,15 @@ def _folder(cls: type[DiffusionPipeline], pretrained: str, revision: str | None)
             f"pretrained is {pretrained!r}, which is neither an existing folder nor a Hub id 'owner/name' "
             "nor 'shapes'. Check the path."
         )
+    import diffusers
+
+    # A class of its own knows its optional components; where several are allowed, the model's index decides.
+    cls = getattr(diffusers, class_names[0]) if len(class_names) == 1 else diffusers.DiffusionPipeline
     try:
         return Path(cls.download(pretrained, revision=revision, use_safetensors=True))
     except Exception as error:
         raise UserError(
-            f"The model {pretrained!r} could not be fetched from the Hub ({_first_line(error)}). Check its "
-            "name, "
+            f"The model {pretrained!r} could not be fetched from the Hub ({first_line(error)}). Check its name, "
             "your network and, for a gated model, `hf auth login`; or give a local folder."
         ) from error
 
@@ -110,7 +128,7 @@ def _load_network(folder: Path, name: str, network: Any, dtype: torch.dtype) -> 
         )
     except Exception as error:
         raise UserError(
-            f"The component {name!r} of {folder} could not be loaded ({_first_line(error)}). {fix}"
+            f"The component {name!r} of {folder} could not be loaded ({first_line(error)}). {fix}"
         ) from error
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
@@ -136,15 +154,15 @@ def freeze(pipe: DiffusionPipeline) -> None:
             component.requires_grad_(False).eval()
 
 
-def check_folder(folder: Path, class_name: str) -> dict[str, Component]:
+def check_folder(folder: Path, class_names: Sequence[str]) -> tuple[str, dict[str, Component]]:
     """Checks that a diffusers folder is complete before anything is loaded.
 
     Args:
         folder: The folder.
-        class_name: Pipeline class that it must hold.
+        class_names: Pipeline classes of which it must hold one; none for any.
 
     Returns:
-        Library and class of each component; (None, None) for one that the pipeline does without.
+        Pipeline class, and library and class of each component; (None, None) for one that the pipeline does without.
 
     Raises:
         UserError: If model_index.json is absent, unreadable or names another class, or if a component is
@@ -153,27 +171,29 @@ def check_folder(folder: Path, class_name: str) -> dict[str, Component]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(
-            f"The model folder {folder} has no model_index.json; a diffusers pipeline folder has one at "
-            "its top. "
+            f"The model folder {folder} has no model_index.json; a diffusers pipeline folder has one at its top. "
             "Give the folder that `save_pretrained` wrote."
         )
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
-        found = entries["_class_name"]
+        found = str(entries["_class_name"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{index} is not a diffusers model index ({error!r}). Restore the file or download the model again."
         ) from error
-    if found != class_name:
+    if class_names and found not in class_names:
+        own = BACKBONE_OF.get(found)
+        fix = f"{own}, the backbone of that family" if own else "Stock, which runs any flow-matching pipeline"
         raise UserError(
-            f"The model folder {folder} holds a {found}; this backbone needs a {class_name}. "
-            "Choose the backbone of that family."
+            f"The model folder {folder} holds a {found}; this backbone needs a {' or '.join(class_names)}. Use {fix}."
         )
-    components = {name: (e[0], e[1]) for name, e in entries.items() if isinstance(e, list) and len(e) == 2}
+    # Other lists, of layer numbers for instance, are settings of the pipeline.
+    pairs = {name: e for name, e in entries.items() if isinstance(e, list) and len(e) == 2}
+    components = {name: (e[0], e[1]) for name, e in pairs.items() if all(isinstance(x, str | None) for x in e)}
     for name, (library, _) in components.items():
         if library is not None:
             _check_component(folder, name)
-    return components
+    return found, components
 
 
 def _check_component(folder: Path, name: str) -> None:
@@ -206,6 +226,14 @@ def _check_weights(file: Path, name: str) -> None:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Says what went wrong, without what a library writes below it.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        Its class and the first line of its message.
+    """
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,5 +1,6 @@
 """Calibration: where a transformer is scaled, what each number means, how scales get in and out of it."""
 
+from calibri_lightning.calibration import tables as _tables  # noqa: F401 - fills the table of block classes
 from calibri_lightning.calibration.attach import Attachment, attach, probe
 from calibri_lightning.calibration.files import (
     CalibrationFile,
@@ -13,7 +14,7 @@ from calibri_lightning.calibration.fingerprint import ModelFingerprint, fingerpr
 from calibri_lightning.calibration.fold import fold
 from calibri_lightning.calibration.pipeline import fuse, load_calibration, unload_calibration
 from calibri_lightning.calibration.scales import Layout, Member, MemberSpec, Rows, WeightMode, build_layout
-from calibri_lightning.calibration.sites import Granularity, Layer, Site, Stream, find_sites
+from calibri_lightning.calibration.sites import Granularity, Layer, Site, SiteOptions, Stream, find_sites
 
 __all__ = [
     "Attachment",
@@ -27,6 +28,7 @@ __all__ = [
     "ObtainedBy",
     "Rows",
     "Site",
+    "SiteOptions",
     "Stream",
     "WeightMode",
     "attach",

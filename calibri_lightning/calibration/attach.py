@@ -221,7 +221,7 @@ def _group(transformer: nn.Module, sites: tuple[Site, ...]) -> list[_Point]:
             raise UserError(
                 f"The sites {', '.join(sites[c].name for c in columns)} scale '{path}' in ways that exclude "
                 f"each other: {hooks}. One module is hooked in one way. Correct the rows of its block class "
-                "in calibration/sites.py."
+                "in calibration/tables."
             )
         points.append(_Point(path, module, hooks, tuple(columns)))
     return points

@@ -19,7 +19,7 @@ from torch import nn
 
 from calibri_lightning.calibration.fingerprint import ModelFingerprint, fingerprint
 from calibri_lightning.calibration.scales import Layout, Member, WeightMode, choose
-from calibri_lightning.calibration.sites import Granularity, find_sites
+from calibri_lightning.calibration.sites import DEFAULT_OPTIONS, Granularity, SiteOptions, find_sites
 from calibri_lightning.errors import UserError
 
 FORMAT = "calibri_lightning.calibration"
@@ -55,6 +55,8 @@ class CalibrationFile:
     weight_mode: WeightMode
     model: ModelFingerprint
     obtained_by: ObtainedBy = field(default_factory=ObtainedBy)
+    site_options: SiteOptions = DEFAULT_OPTIONS
+    """`Layout.site_options`. The names say it too, but not where a whole block shares one scale."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -119,7 +121,7 @@ def layout_for(file: CalibrationFile, transformer: nn.Module) -> Layout:
     """
     check_model(file, transformer)
     named = set(file.names)
-    every = Layout(find_sites(transformer), file.granularity, file.members, file.weight_mode)
+    every = Layout(find_sites(transformer, file.site_options), file.granularity, file.members, file.weight_mode)
     kept = tuple(site for site in every.sites if f"member0/{every.scale_name(site)}" in named)
     layout = replace(every, sites=kept or every.sites)
     if layout.names != file.names:
@@ -207,6 +209,7 @@ def _document(file: CalibrationFile) -> dict[str, Any]:
         "granularity": file.granularity,
         "weight_mode": file.weight_mode,
         "members": [asdict(member) for member in file.members],
+        "site_options": asdict(file.site_options),
         "obtained_by": asdict(file.obtained_by),
         "values": dict(zip(file.names, map(float, file.values), strict=True)),
     }
@@ -240,6 +243,7 @@ def _parse(document: object) -> CalibrationFile:
             _get(model, "name", str, "model"),
         ),
         obtained_by=_obtained_by(_get(document, "obtained_by", dict)),
+        site_options=_site_options(document.get("site_options", {})),
     )
 
 
@@ -249,6 +253,21 @@ def _member(document: object, where: str) -> Member:
     prompt = _get(document, "prompt", str, where)
     choose(f"prompt of {where}", prompt, ("prompt", "negative"))
     return Member(cast(Any, prompt), _number(document.get("weight"), f"{where}.weight"))
+
+
+def _site_options(document: object) -> SiteOptions:
+    """Files from before there were options have none."""
+    known = set(SiteOptions.__dataclass_fields__)
+    if (
+        not isinstance(document, dict)
+        or not set(document) <= known
+        or not all(isinstance(value, bool) for value in document.values())
+    ):
+        raise UserError(
+            f"The site_options are {document!r}. They are true or false for each of {', '.join(sorted(known))}. The "
+            "file was edited, or a later calibri_lightning wrote it: use the original, or upgrade."
+        )
+    return SiteOptions(**document)
 
 
 def _obtained_by(document: Mapping[str, Any]) -> ObtainedBy:

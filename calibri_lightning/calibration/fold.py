@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calibri_lightning.calibration.sites import PostNormWeight, RowChunk, Site, unwrap
+from calibri_lightning.calibration.sites import ColumnBlock, PostNormWeight, RowChunk, Site, unwrap
 from calibri_lightning.errors import UserError
 
 _FOLDABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,8 +41,12 @@ def fold(transformer: nn.Module, sites: Sequence[Site], scales: Tensor) -> None:
             "Two of the sites fold into the same weights, which would multiply twice. Keep the hooks for these."
         )
     for (module, recipe), scale in zip(targets, scales.tolist(), strict=True):
-        n, index = (recipe.n, recipe.index) if isinstance(recipe, RowChunk) else (1, 0)
-        scale_rows(module, scale, n, index)
+        if isinstance(recipe, ColumnBlock):
+            weight = module.get_parameter("weight")
+            _multiply(weight.data[:, recipe.start : recipe.stop], scale)
+        else:
+            n, index = (recipe.n, recipe.index) if isinstance(recipe, RowChunk) else (1, 0)
+            scale_rows(module, scale, n, index)
 
 
 @torch.no_grad()
@@ -50,16 +54,18 @@ def scale_rows(module: nn.Module, scale: float, n: int = 1, index: int = 0) -> N
     """Multiplies a chunk of the rows of a module's weight and bias, in place.
 
     Args:
-        module: A Linear or a norm with an affine weight.
+        module: A Linear, a convolution or a norm with an affine weight.
         scale: The factor.
         n: Number of equal chunks of the rows.
         index: The chunk to multiply.
     """
     for parameter in (module.weight, getattr(module, "bias", None)):
         if isinstance(parameter, Tensor):
-            rows = parameter.data.chunk(n, dim=0)[index]
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            rows.copy_(rows.to(wide) * scale)
+            _multiply(parameter.data.chunk(n, dim=0)[index], scale)
+
+
+def _multiply(part: Tensor, scale: float) -> None:
+    part.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) * scale)
 
 
 def check_foldable(transformer: nn.Module, path: str) -> nn.Module:

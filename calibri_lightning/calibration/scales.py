@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calibri_lightning.calibration.sites import Granularity, Site
+from calibri_lightning.calibration.sites import Granularity, Site, SiteOptions, options_of
 from calibri_lightning.errors import UserError
 
 WeightMode = Literal["fixed", "raw", "guidance"]
@@ -98,6 +98,11 @@ class Layout:
     def is_cfg(self) -> bool:
         """True for the guided pair: a member with the prompt, then one with the negative prompt."""
         return tuple(member.prompt for member in self.members) == ("prompt", "negative")
+
+    @cached_property
+    def site_options(self) -> SiteOptions:
+        """What the sites were found with; not in the names where a whole block shares one scale."""
+        return options_of(self.sites)
 
     @cached_property
     def scale_names(self) -> tuple[str, ...]:

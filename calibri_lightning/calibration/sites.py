@@ -1,9 +1,9 @@
-"""Where a diffusion transformer can be scaled: a table from block class to sites.
+"""Where a diffusion transformer can be scaled: the words in which the table of block classes is written.
 
-A *site* is one residual branch of one block whose output is multiplied by a scalar. The table says, for each
-block class, where a hook reaches the branch (its gate, usually) and how the scale can be folded into weights
-afterwards. To support another model, write one function that returns the rows of its block class and decorate
-it with `register`.
+A *site* is one residual branch of one block whose output is multiplied by a scalar. For each block class the
+table (`calibration/tables`) says where a hook reaches the branch (its gate, usually) and how the scale can be
+folded into weights afterwards. To support another model, write one function that returns the rows of its block
+class and decorate it with `register`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,32 @@ from calibri_lightning.errors import UserError
 Layer = Literal["attn", "attn2", "xattn", "mlp", "fused"]
 """Kind of branch: (joint) attention, second attention, cross-attention, feed-forward, or all in one."""
 Stream = Literal["image", "text", "joint"]
-"""Tokens that the branch writes to."""
+"""Tokens that the branch writes to; joint: all tokens that the block sees."""
 Granularity = Literal["block", "layer", "gate"]
 """How sites share scales: one a block, one a layer of a block, one a site."""
+Choice = Literal["always", "cross_attention", "fused", "split"]
+"""When a row is used: always; only where `SiteOptions.cross_attention` asks for it; unless, or only where,
+`SiteOptions.split_fused` asks for halves."""
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """What a user may choose about the sites of a model."""
+
+    cross_attention: bool = False
+    """Scales cross-attentions that the model itself does not gate, in blocks whose other branches it gates."""
+    split_fused: bool = False
+    """Scales the attention and the MLP half of a fused block apart. The bias of the projection that both share
+    stays as it is."""
+
+
+DEFAULT_OPTIONS = SiteOptions()
+"""The sites that a model gates itself; all branches of a block that has no gates."""
 
 
 @dataclass(frozen=True)
 class TupleElement:
-    """Scales element `index` of the tuple that `module` (path inside the block) returns."""
+    """Scales element `index` of the tuple or list that `module` (path inside the block) returns."""
 
     module: str
     index: int
@@ -43,9 +61,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class WholeOutput:
-    """Scales the whole output tensor of `module`."""
+    """Scales the whole output tensor of `module`, whose rows of the batch lie along `batch_dim`."""
 
     module: str
+    batch_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,16 @@ class ArgumentChunk:
     index: int
 
 
-Hook = TupleElement | Chunk | WholeOutput | ArgumentChunk
+@dataclass(frozen=True)
+class InputColumns:
+    """Scales columns `start` to `stop` of the last dimension of the tensor that goes into `module`."""
+
+    module: str
+    start: int
+    stop: int
+
+
+Hook = TupleElement | Chunk | WholeOutput | ArgumentChunk | InputColumns
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,7 @@ class RowChunk:
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """Folds into a whole Linear (weight and bias): the branch's output projection."""
+    """Folds into a whole Linear or convolution (weight and bias): the branch's output projection."""
 
     linear: str
 
@@ -83,7 +111,16 @@ class PostNormWeight:
     norm: str
 
 
-Fold = RowChunk | OutputProjection | PostNormWeight
+@dataclass(frozen=True)
+class ColumnBlock:
+    """Folds into columns `start` to `stop` of the weight of a Linear, whose bias stays as it is."""
+
+    linear: str
+    start: int
+    stop: int
+
+
+Fold = RowChunk | OutputProjection | PostNormWeight | ColumnBlock
 
 
 @dataclass(frozen=True)
@@ -94,6 +131,7 @@ class Row:
     stream: Stream
     hook: Hook
     fold: Fold | None
+    choice: Choice = "always"
 
 
 @dataclass(frozen=True)
@@ -108,6 +146,8 @@ class Site:
     """How a running model is scaled; paths are relative to the block."""
     fold: Fold | None
     """How the scale goes into the weights; None where no weight can carry it."""
+    choice: Choice = "always"
+    """Which option, if any, put it here."""
 
     @property
     def name(self) -> str:
@@ -118,9 +158,8 @@ class Site:
 RowFunction = Callable[[nn.Module], tuple[Row, ...]]
 BLOCKS: dict[str, RowFunction] = {}
 """The table: block class name to the function that lists its rows. Filled by `register`."""
-
-# Hung off a transformer by IP-adapters, in lists of their own; no residual branches of the model.
-_NOT_BLOCKS = frozenset({"IPAdapterTimeImageProjectionBlock", "IPAdapterTimeImageProjection", "ImageProjection"})
+WITHOUT_SITES: dict[str, str] = {}
+"""Classes that are passed over, with what is in them, to the reason. Filled by `pass_over`."""
 
 
 def register(*class_names: str) -> Callable[[RowFunction], RowFunction]:
@@ -141,37 +180,15 @@ def register(*class_names: str) -> Callable[[RowFunction], RowFunction]:
     return decorate
 
 
-def _ada_zero(norm: str, stream: Stream, chunks: int = 6) -> tuple[Row, ...]:
-    """Rows of an `AdaLayerNormZero`: its tuple holds the attention gate at 1 and the MLP gate at 4."""
-    linear = f"{norm}.linear"
-    return (
-        Row("attn", stream, TupleElement(norm, 1), RowChunk(linear, chunks, 2)),
-        Row("mlp", stream, TupleElement(norm, 4), RowChunk(linear, chunks, 5)),
-    )
+def pass_over(reason: str, *class_names: str) -> None:
+    """Says that modules have no sites on purpose, so that a list of them is not refused as unknown blocks.
 
-
-@register("JointTransformerBlock")
-def _sd3(block: nn.Module) -> tuple[Row, ...]:
-    """SD3 and SD3.5: dual attention adds a gate; the last block has no text branch."""
-    if block.use_dual_attention:
-        rows = (
-            *_ada_zero("norm1", "image", 9),
-            Row("attn2", "image", TupleElement("norm1", 6), RowChunk("norm1.linear", 9, 8)),
-        )
-    else:
-        rows = _ada_zero("norm1", "image")
-    return rows if block.context_pre_only else (*rows, *_ada_zero("norm1_context", "text"))
-
-
-@register("FluxTransformerBlock")
-def _flux_double(block: nn.Module) -> tuple[Row, ...]:
-    return (*_ada_zero("norm1", "image"), *_ada_zero("norm1_context", "text"))
-
-
-@register("FluxSingleTransformerBlock")
-def _flux_single(block: nn.Module) -> tuple[Row, ...]:
-    """One gate scales attention and MLP of both streams together."""
-    return (Row("fused", "joint", TupleElement("norm", 1), RowChunk("norm.linear", 3, 2)),)
+    Args:
+        reason: Why nothing in them is scaled.
+        *class_names: Names of their classes.
+    """
+    for name in class_names:
+        WITHOUT_SITES[name] = reason
 
 
 def unwrap(transformer: nn.Module) -> nn.Module:
@@ -180,31 +197,60 @@ def unwrap(transformer: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else transformer
 
 
-def find_sites(transformer: nn.Module) -> tuple[Site, ...]:
-    """Lists all sites of a transformer, in the order of its blocks.
+def find_sites(transformer: nn.Module, options: SiteOptions = DEFAULT_OPTIONS) -> tuple[Site, ...]:
+    """Lists the sites of a transformer, in the order of its blocks.
 
     Args:
         transformer: A diffusion transformer; it may live on the meta device.
+        options: What is scaled besides, or instead of, what the model gates itself.
 
     Returns:
         The sites.
 
     Raises:
-        UserError: If the transformer has a block of an unknown class, or no block at all.
+        UserError: If the transformer has a block of an unknown class, or no block at all, or an option is set
+            that this model has no use for.
     """
     transformer = unwrap(transformer)
-    sites = tuple(
-        Site(path, row.layer, row.stream, row.hook, row.fold)
-        for path, block in _blocks(transformer, "", type(transformer).__name__)
+    model = type(transformer).__name__
+    every = tuple(
+        Site(path, row.layer, row.stream, row.hook, row.fold, row.choice)
+        for path, block in _blocks(transformer, "", model)
         for row in BLOCKS[type(block).__name__](block)
     )
-    if not sites:
+    if not every:
         raise UserError(
-            f"{type(transformer).__name__} has no transformer block that can be scaled. Known block classes: "
+            f"{model} has no transformer block that can be scaled. Known block classes: "
             f"{', '.join(sorted(BLOCKS))}. Pass the diffusion transformer itself (for instance "
-            "`pipe.transformer`), or add a row for its block class in calibri_lightning/calibration/sites.py."
+            "`pipe.transformer`), or add a row for its block class in calibri_lightning/calibration/tables."
         )
-    return sites
+    choices = {site.choice for site in every}
+    _check_option(options.cross_attention and "cross_attention" not in choices, "cross_attention", model)
+    _check_option(options.split_fused and "split" not in choices, "split_fused", model)
+    kept = {"always", "split" if options.split_fused else "fused"}
+    kept |= {"cross_attention"} if options.cross_attention else set()
+    return tuple(site for site in every if site.choice in kept)
+
+
+def options_of(sites: tuple[Site, ...]) -> SiteOptions:
+    """Tells which options lists of sites were found with.
+
+    Args:
+        sites: Sites, from `find_sites`.
+
+    Returns:
+        The options that they show.
+    """
+    choices = {site.choice for site in sites}
+    return SiteOptions("cross_attention" in choices, "split" in choices)
+
+
+def _check_option(idle: bool, name: str, model: str) -> None:
+    what = {"cross_attention": "cross-attention without a gate", "split_fused": "block that fuses attention and MLP"}
+    if idle:
+        raise UserError(
+            f"{name}: true was given, and {model} has no {what[name]}. Leave {name} out (or false) for this model."
+        )
 
 
 def _blocks(module: nn.Module, path: str, model: str) -> Iterator[tuple[str, nn.Module]]:
@@ -214,7 +260,9 @@ def _blocks(module: nn.Module, path: str, model: str) -> Iterator[tuple[str, nn.
         child_path = f"{path}.{name}" if path else name
         if class_name in BLOCKS:
             yield child_path, child
-        elif isinstance(module, nn.ModuleList) and class_name not in _NOT_BLOCKS and not _is_torch(child):
+        elif class_name in WITHOUT_SITES:
+            continue
+        elif isinstance(module, nn.ModuleList) and not _is_torch(child):
             raise UserError(
                 f"{model} has a block of class {class_name} at '{child_path}', which calibri_lightning does "
                 "not know. Blocks are scaled only where the table says how; known classes: "

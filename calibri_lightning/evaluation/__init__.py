@@ -8,7 +8,7 @@ from calibri_lightning.evaluation.files import from_json, to_json, write_summary
 from calibri_lightning.evaluation.grids import Panel, draw_grid, save_grid
 from calibri_lightning.evaluation.plots import plot_scales
 from calibri_lightning.evaluation.progress import GenerationStats, format_duration, format_progress
-from calibri_lightning.evaluation.summary import Budget, Comparison, Condition, Summary, summarise
+from calibri_lightning.evaluation.summary import Budget, Comparison, Condition, Role, Summary, summarise
 from calibri_lightning.evaluation.text import format_interval, render_table, verdict
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "GenerationStats",
     "Interval",
     "Panel",
+    "Role",
     "Summary",
     "WinRate",
     "draw_grid",

@@ -1,8 +1,8 @@
 """What a run found: every condition's rewards, and base against calibrated with confidence intervals.
 
 A condition is a way to make the fixed evaluation pictures: base or calibrated, with a number of steps. Each
-calibrated condition is compared with the base that costs the same (equal NFE) and with the most expensive
-base (full NFE).
+calibrated condition is compared with the base that costs the same (equal NFE), with the most expensive base (full NFE)
+and with the learned member weights without the learned scales (weights alone), which leaves what the scales do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -24,8 +24,10 @@ from calibri_lightning.evaluation.bootstrap import (
     win_rate,
 )
 
-Role = Literal["base", "calibrated"]
-Against = Literal["equal NFE", "full NFE"]
+Role = Literal["base", "weights", "calibrated"]
+Against = Literal["equal NFE", "full NFE", "weights alone"]
+AGAINST: tuple[Against, ...] = get_args(Against)
+"""The kinds of comparison, in the order in which they are reported."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class Condition:
 
     Attributes:
         name: What the table calls it, e.g. "base @ 8 steps"; different for each condition of a summary.
-        role: Whether the calibration was on.
+        role: What of the calibration was on: nothing, the members' weights alone, or all of it.
         num_steps: Sampler steps.
         num_forwards_per_image: NFE, transformer forwards an image: steps times members.
         rewards: Reward name to float64[P], one value a picture, NaN where a reward failed. All conditions
@@ -57,12 +59,13 @@ class Condition:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A calibrated condition against a base, in one reward, pair by pair.
+    """A calibrated condition against another one, in one reward, pair by pair.
 
     Attributes:
         calibrated: Name of the calibrated condition.
-        base: Name of the base condition.
-        against: `equal NFE`: this base costs as much; `full NFE`: this is the most expensive base.
+        base: Name of the condition that it is compared with.
+        against: `equal NFE`: a base that costs as much; `full NFE`: the most expensive base; `weights alone`: the same
+            member weights, all scales 1.
         reward: Name of the reward.
         difference: Mean of calibrated minus base, with its interval.
         wins: Pairs in which the calibrated picture scored higher, the same or lower.
@@ -159,7 +162,7 @@ def summarise(
 
 
 def _rivals(conditions: Sequence[Condition]) -> Iterator[tuple[Condition, Condition, Against]]:
-    """Pairs to compare: each calibrated condition with the bases at its own NFE and at the highest."""
+    """Pairs to compare: each calibrated condition with the bases of its own and of the highest NFE, and its weights."""
     bases = [c for c in conditions if c.role == "base"]
     for calibrated in (c for c in conditions if c.role == "calibrated"):
         equal = [b for b in bases if b.num_forwards_per_image == calibrated.num_forwards_per_image]
@@ -168,6 +171,8 @@ def _rivals(conditions: Sequence[Condition]) -> Iterator[tuple[Condition, Condit
             fullest = max(bases, key=lambda b: b.num_forwards_per_image)
             if fullest not in equal:
                 yield calibrated, fullest, "full NFE"
+        for weights in (c for c in conditions if c.role == "weights" and c.num_steps == calibrated.num_steps):
+            yield calibrated, weights, "weights alone"
 
 
 def _check(conditions: Sequence[Condition], reward: str) -> None:

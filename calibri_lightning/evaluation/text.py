@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from calibri_lightning.evaluation.bootstrap import Interval
-from calibri_lightning.evaluation.summary import Comparison, Condition, Summary
+from calibri_lightning.evaluation.summary import AGAINST, Comparison, Condition, Summary
 
 _GAP = "   "
 
@@ -56,7 +56,7 @@ def verdict(summary: Summary) -> str:
 
 def _sentences(summary: Summary) -> list[str]:
     conditions = {condition.name: condition for condition in summary.conditions}
-    compared = (*summary.compared("equal NFE"), *summary.compared("full NFE"))
+    compared = [comparison for against in AGAINST for comparison in summary.compared(against)]
     return [_sentence(c, conditions[c.calibrated], conditions[c.base], summary.level) for c in compared]
 
 
@@ -129,13 +129,15 @@ def _differences_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
     """Two rows for each compared pair of conditions: differences, then shares of wins, ties and losses."""
     several = len({c.calibrated for c in summary.comparisons}) > 1
     rows: list[_Row] = []
-    for first in (*summary.compared("equal NFE"), *summary.compared("full NFE")):
+    for first in (comparison for against in AGAINST for comparison in summary.compared(against)):
         pair = (first.calibrated, first.base, first.against)
         found = {c.reward: c for c in summary.comparisons if (c.calibrated, c.base, c.against) == pair}
         label = f"{first.calibrated} - {first.base}" if several else f"against {first.base}"
+        if first.against != "weights alone":  # which the name says already
+            label += f"  ({first.against})"
         stars = [" *" if found[name].difference.excludes(0.0) else "" for name in rewards]
         texts = [format_interval(found[name].difference, signed=True) for name in rewards]
-        rows.append((f"{label}  ({first.against})", [t + s for t, s in zip(texts, stars, strict=True)]))
+        rows.append((label, [t + s for t, s in zip(texts, stars, strict=True)]))
         rows.append(("  win / tie / loss", [_shares(found[name]) for name in rewards]))
     return rows
 
@@ -174,10 +176,14 @@ def _align(columns: Sequence[Sequence[str]]) -> list[str]:
 def _closing(summary: Summary) -> list[str]:
     budget = summary.budget
     dropped = max(i.dropped for means in summary.means for i in means.values())
+    cost = (
+        f"Calibration cost: {budget.images:,} images, {budget.forwards:,} forwards, "
+        f"{budget.device_seconds:,.0f} device-seconds."
+    )
     return [
         *([f"Up to {dropped} pictures of a condition had no finite reward and are left out."] if dropped else []),
         "",
-        f"Calibration cost: {budget.images:,} images, {budget.forwards:,} forwards, "
-        f"{budget.device_seconds:,.0f} device-seconds.",
+        # Only the run that made a calibration knows its cost.
+        *([cost] if budget.images else []),
         f"Calibration: {summary.calibration}",
     ]

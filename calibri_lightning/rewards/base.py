@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
+from calibri_lightning.sampling.frames import middle_frame
 
 RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]
 """Pictures float32 [B, 3, H, W] in 0..1 and their B prompts to B numbers."""
@@ -30,6 +31,8 @@ class Reward(ABC):
     """Its name in configurations and logs."""
     extra_names: tuple[str, ...] = ()
     """Names of further metrics that come for free with the score; reported, never optimised."""
+    takes_frames: bool = False
+    """Whether it scores videos [B, F, 3, H, W]; others are given the middle frame of each."""
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -74,9 +77,11 @@ class FunctionReward(Reward):
 
         Args:
             name: Name in configurations and logs.
-            function: Scores pictures; see `Reward.__call__`.
+            function: Scores pictures; see `Reward.__call__`. With an attribute `takes_frames = True` it is given
+                videos as they are.
         """
         self.name, self._function = name, function
+        self.takes_frames = bool(getattr(function, "takes_frames", False))
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Calls the function.
@@ -96,7 +101,7 @@ def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -
 
     Args:
         reward: The reward.
-        images: float32 [B, 3, H, W] in 0..1.
+        images: float32 [B, 3, H, W] in 0..1, or videos [B, F, 3, H, W].
         prompts: The prompt of each picture.
 
     Returns:
@@ -109,7 +114,7 @@ def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -
     """
     try:
         with torch.no_grad():
-            measured = reward.measure(images, prompts)
+            measured = reward.measure(images if reward.takes_frames else middle_frame(images), prompts)
     except UserError:
         raise
     except Exception as error:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.errors import UserError
+from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
-from calibri_lightning.sampling.rollout import Samples, sample
+from calibri_lightning.sampling.rollout import Samples
 
 if TYPE_CHECKING:
     from calibri_lightning.backbones.base import Backbone
@@ -157,12 +158,12 @@ class Evaluator:
             world_size: Number of processes.
 
         Yields:
-            The cells of a unit and its pictures, float32 [B, 3, H, W] in 0..1.
+            The cells of a unit and its pictures, float32 [B, 3, H, W] in 0..1; the middle frames of videos.
         """
         wanted = np.ones((len(thetas), len(prompts)), dtype=bool) if cells is None else cells
         rows = self._rows(thetas)
         for unit in cut_units(wanted, self.cells_per_unit)[rank::world_size]:
-            yield unit, self._draw(unit, rows, prompts, seeds, num_steps)[0]
+            yield unit, middle_frame(self._draw(unit, rows, prompts, seeds, num_steps)[0])
 
     def _score(
         self,
@@ -235,13 +236,12 @@ class Evaluator:
         candidates = torch.tensor([cell.candidate for cell in unit]).to(device)
         guided = any(member.prompt == "negative" for member in self.layout.members)
         texts, negatives = [prompts[s].text for s in slots], [prompts[s].negative for s in slots]
-        return sample(
-            self.backbone,
+        return self.backbone.sample(
             self.attachment,
             Rows(rows.scales[candidates], rows.weights[candidates]),
             self.layout.members,
             self.backbone.encode(texts).take(place),
-            self.backbone.encode(negatives).take(place) if guided else None,
+            self.backbone.encode(negatives, negative=True).take(place) if guided else None,
             self.backbone.noise([seeds[s] for s in slots])[place],
             num_steps,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from calibri_lightning.backbones.base import Conditioning
+from calibri_lightning.backbones.conditioning import Conditioning
 from calibri_lightning.sampling.kernels import euler_step
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def sample(
     Returns:
         The latents at sigma 0.
     """
-    active = _active_members(rows.weights)
+    active = _active_members(rows.weights, backbone.guides_by_first_member)
     scales = rows.scales[:, active].flatten(0, 1).to(backbone.device, torch.float32)
     weights = rows.weights[:, active].to(backbone.device, torch.float32)
     conditioning = _spread([members[m] for m in active], prompts, negatives)
@@ -71,10 +71,10 @@ def sample(
     return Samples(x, batch * count * num_steps)
 
 
-def _active_members(weights: Tensor) -> list[int]:
+def _active_members(weights: Tensor, keep_first: bool) -> list[int]:
     """Members that count for some picture; one whose weight is 0 for all adds nothing and is not run."""
     active = torch.nonzero((weights != 0).any(dim=0)).flatten().tolist()
-    return active or [0]
+    return [0, *(member for member in active if member)] if keep_first or not active else active
 
 
 def _spread(members: Sequence[Member], prompts: Conditioning, negatives: Conditioning | None) -> Conditioning:

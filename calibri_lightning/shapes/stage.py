@@ -23,7 +23,7 @@ class TrainConfig:
     """Pictures drawn once and reused."""
     vae_steps: int = 1_500
     """Optimiser steps of the autoencoder."""
-    steps: int = 10_000
+    steps: int = 3_800
     """Optimiser steps of the transformer."""
     vae_batch_size: int = 16
     """Pictures a step of the autoencoder."""

@@ -39,10 +39,13 @@ class CalibratedModule(Protocol):
         """Whether there are validation prompts."""
 
     def noise_seeds(self, batch: PromptBatch) -> Sequence[int]:
-        """Gives the seeds of a batch's pictures, one for each prompt, the same on all ranks.
+        """Gives the seeds of a batch's pictures, the same on all ranks.
 
         Args:
             batch: The prompts.
+
+        Returns:
+            One seed a prompt.
         """
 
     def evaluate(

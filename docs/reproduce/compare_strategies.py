@@ -116,10 +116,11 @@ def draw(curves: dict[str, object], keys: list[str], path: Path) -> None:
     axes = figure.add_subplot()
     for key, colour in zip(keys, ("#888888", "#4477AA", "#228833", "#EE6677"), strict=False):
         rewards = np.array(curves[key])
+        rewards = rewards - rewards[:, :1]  # seeds differ in their noise, and so in their start
         mean, error = rewards.mean(0), rewards.std(0, ddof=1) / np.sqrt(max(len(rewards), 1))
         axes.plot(curves[f"{key} images"], mean, color=colour, marker="o", ms=3, label=SETTINGS[key].label)
         axes.fill_between(curves[f"{key} images"], mean - error, mean + error, color=colour, alpha=0.15, lw=0)
-    axes.set(xlabel="training images", ylabel="soft reward of the mean, validation captions")
+    axes.set(xlabel="training images", ylabel="soft reward of the mean minus start, validation")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)

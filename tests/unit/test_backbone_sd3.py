@@ -181,7 +181,7 @@ def test_guide_is_classifier_free_guidance(backbone: SD3) -> None:
 def test_decode_in_parts_equals_decode_at_once(backbone: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = backbone.noise([1, 2, 3])
     whole = backbone.decode(latents)
-    monkeypatch.setattr("calibri_lightning.backbones.sd3._PIXELS_PER_DECODE", 16 * 16 * 2)
+    monkeypatch.setattr("calibri_lightning.backbones.native.PIXELS_PER_DECODE", 16 * 16 * 2)
     torch.testing.assert_close(backbone.decode(latents), whole, rtol=0, atol=1e-6)
 
 

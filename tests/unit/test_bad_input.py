@@ -64,7 +64,7 @@ def test_configuration(runs: TinyRuns, tmp_path: Path, capsys: Capture, old: str
 
 def test_test_prompts_that_a_reward_cannot_score_are_refused_before_the_search(runs: TinyRuns, capsys: Capture) -> None:
     flags = ("--model.rewards={shapes: 1.0}", "--data.train=shapes:train", "--data.val=shapes:val")
-    message = refused(runs, capsys, *flags)
+    message = refused(runs, capsys, *flags, "--data.allow_overlap=true")
     for word in ("reward 'shapes'", "three red circles", "shapes:train"):
         assert word in message
 

@@ -88,6 +88,25 @@ def test_a_full_base_that_costs_the_same_is_compared_once():
     assert [c.against for c in summary.comparisons] == ["equal NFE", "equal NFE"]
 
 
+def test_what_the_scales_add_to_the_learned_weights_is_told_apart():
+    alone = Condition("guidance alone @ 8 steps", "weights", 8, 16, rewards(0.06, 5))
+    summary = make(conditions=[*conditions(), alone])
+    (found,) = summary.compared("weights alone")
+    assert (found.calibrated, found.base) == ("calibrated @ 8 steps", "guidance alone @ 8 steps")
+    calibrated = summary.conditions[2]
+    assert found.difference == paired_interval(calibrated.rewards["shapes"], alone.rewards["shapes"])
+    assert [c.base for c in summary.compared("equal NFE")] == ["base @ 8 steps"], "the weights alone are no base"
+    text = render_table(summary)
+    assert "against guidance alone @ 8 steps   " in text
+    assert "Calibration cost" in text
+    assert "beats guidance alone @ 8 steps at equal cost" in " ".join(text.split())
+
+
+def test_a_test_of_another_runs_calibration_claims_no_cost():
+    summary = summarise(conditions(), "shapes", Budget(0, 0, 0.0), "runs/a/calibration.json")
+    assert "Calibration cost" not in render_table(summary)
+
+
 def test_samples_of_one_prompt_are_clustered():
     clusters = np.repeat(np.arange(COUNT // 4), 4)
     (clustered,) = make(clusters=clusters).compared("equal NFE")

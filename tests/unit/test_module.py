@@ -16,6 +16,7 @@ from tiny_runs import CMA, OFFICIAL, PAIRS, TEST, VAL, TinyRuns
 from calibri_lightning import SD3, CalibrationConfig, CalibriModule, PairES, read_calibration
 from calibri_lightning.assembly import assemble
 from calibri_lightning.calibration import write_calibration
+from calibri_lightning.conditions import Conditions
 from calibri_lightning.evaluation.files import from_json
 from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.rewards import RewardSet
@@ -208,7 +209,7 @@ def test_fit_then_test_reports_on_the_test_prompts(runs: TinyRuns, capsys: pytes
         abs(v - s) > 1e-12 for v, s in zip(read_calibration(path / "calibration.json").values, [1.0] * 99, strict=False)
     )
     assert names[:2] == ["base @ 2 steps", "base @ 3 steps"]
-    assert moved == (names[2:] == ["calibrated @ 2 steps"])
+    assert moved == (names[2:] == ["guidance alone @ 2 steps", "calibrated @ 2 steps"])
     assert [c.num_forwards_per_image for c in summary.conditions[:2]] == [4, 6]
     assert all(len(c.rewards["tiny_rewards:redness"]) == len(TEST) for c in summary.conditions)
     budget = column(metrics(path), "budget/images")[-1]
@@ -225,6 +226,32 @@ def shifted(path: Path, target: Path) -> Path:
     values = tuple(v * 1.5 if "attn" in n else v for n, v in zip(file.names, file.values, strict=True))
     write_calibration(target, type(file)(**{**vars(file), "values": values}))
     return target
+
+
+@pytest.mark.parametrize(
+    ("members", "weight_mode", "changed", "name"),
+    [
+        ("cfg", "guidance", ("scale", "guidance"), "guidance alone @ 15 steps"),
+        ("cfg", "raw", ("scale", "member1/weight"), "weights alone @ 15 steps"),
+        ("cfg", "guidance", ("scale",), None),
+        ("cfg", "guidance", ("guidance",), None),
+        ("single", "fixed", ("scale",), None),
+    ],
+)
+def test_learned_weights_are_a_condition_of_their_own_where_scales_and_weights_moved(
+    tiny_folder: Path, members: str, weight_mode: str, changed: tuple[str, ...], name: str | None
+) -> None:
+    layout = CalibrationConfig("layer", members, 3.0, weight_mode)  # type: ignore[arg-type]
+    module = CalibriModule(SD3(str(tiny_folder / "model")), {"tiny_rewards:redness": 1.0}, PairES(), layout)
+    names = ["scale" if n.startswith("member") and not n.endswith("weight") else n for n in module.layout.names]
+    with torch.no_grad():
+        module.theta += 0.1 * torch.tensor([n in changed for n in names])
+    ways = {way.name: way for way in Conditions.of(module).ways}
+    assert list(ways) == ["base @ 15 steps", "base @ 28 steps", *([name] if name else []), "calibrated @ 15 steps"]
+    if name:
+        moved = [(n, v - s) for n, v, s in zip(names, ways[name].theta, module.layout.start, strict=True) if v != s]
+        assert [n for n, _ in moved] == [changed[1]]
+        assert moved[0][1] == pytest.approx(0.1)
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -267,7 +294,7 @@ def test_test_and_validate_work_from_a_calibration_and_from_a_checkpoint(
         assert Path(document["calibration"]).is_file()
         summaries[name] = document["conditions"]
     assert summaries["i"] == summaries["c"]
-    assert [condition["role"] for condition in summaries["i"]] == ["base", "base", "calibrated"]
+    assert [condition["role"] for condition in summaries["i"]] == ["base", "base", "weights", "calibrated"]
 
     validated = runs.fit("b", *CMA, "--trainer.max_steps=1")
     score = read_calibration(validated / "calibration.json").obtained_by
