@@ -1,4 +1,4 @@
-"""The two loops that the benchmark compares, and the cost of a forward in arithmetic."""
+"""The two loops that the benchmark compares."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from calibri_lightning.backbones import Backbone, Conditioning
 from calibri_lightning.calibration import Attachment, Layout, attach
+from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
@@ -36,53 +36,19 @@ class Job:
 
     @property
     def num_images(self) -> int:
-        """Pictures of one pass: K x S."""
+        """Pictures: K x S."""
         return len(self.thetas) * len(self.prompts)
 
     def num_forwards(self, layout: Layout) -> int:
-        """Transformer rows of one pass: pictures x members x steps."""
+        """Transformer forwards, counted in rows: pictures x members x steps.
+
+        Args:
+            layout: The meaning of theta.
+
+        Returns:
+            Their number.
+        """
         return self.num_images * len(layout.members) * self.num_steps
-
-
-@torch.no_grad()
-def straightforward(backbone: Backbone, layout: Layout, rewards: RewardSet, job: Job) -> Floats:
-    """The loop that one would write first, which is that of the published trainer.
-
-    One candidate at a time; its prompts are encoded anew; members one after another; hooks come and go with each
-    forward. The bucket is one batch.
-
-    Args:
-        backbone: A model without hooks.
-        layout: The meaning of theta.
-        rewards: What scores the pictures.
-        job: The work.
-
-    Returns:
-        Rewards [K, S].
-    """
-    found = np.empty((len(job.thetas), len(job.prompts)))
-    sigmas = backbone.schedule(job.num_steps).to(backbone.device)
-    for number, theta in enumerate(job.thetas):
-        rows = layout.rows(torch.from_numpy(theta)[None])
-        texts = {"prompt": [p.text for p in job.prompts], "negative": [p.negative for p in job.prompts]}
-        seen = {kind: _encode(backbone, texts[kind]) for kind in dict.fromkeys(m.prompt for m in layout.members)}
-        x = backbone.noise(job.seeds)
-        for step in range(job.num_steps):
-            sigma, velocity = sigmas[step].expand(len(x)), torch.zeros_like(x)
-            for index, member in enumerate(layout.members):
-                attachment = attach(backbone.transformer, layout.sites)
-                with attachment.rows(rows.scales[0, index].expand(len(x), -1)):
-                    velocity += rows.weights[0, index].item() * backbone.velocity(x, sigma, seen[member.prompt])
-                attachment.detach()
-            x = euler_step(x, velocity, sigmas[step], sigmas[step + 1])
-        found[number] = rewards.score(backbone.decode(x), job.prompts).total.cpu().double().numpy()
-    return found
-
-
-def _encode(backbone: Backbone, texts: Sequence[str]) -> Conditioning:
-    """Encodes each text that differs, without the backbone's cache."""
-    encoded = {text: backbone.encode_text(text) for text in dict.fromkeys(texts)}
-    return Conditioning.cat([encoded[text] for text in texts]).to(backbone.device)
 
 
 def batched(
@@ -106,34 +72,69 @@ def batched(
 
 
 @torch.no_grad()
-def flops_per_row(backbone: Backbone, rows: int = 2) -> float:
-    """Counts the floating-point operations of one row of a forward: multiplications and additions of matrix products.
+def straightforward(backbone: Backbone, layout: Layout, rewards: RewardSet, job: Job, rows: int) -> Floats:
+    """The loop that one would write first, which is that of the published trainer.
+
+    One candidate at a time; its prompts are encoded anew; members one after another; hooks come and go with each
+    forward. The bucket is one batch.
 
     Args:
-        backbone: The model, not compiled.
-        rows: Rows of the counted forward.
+        backbone: A model without hooks.
+        layout: The meaning of theta.
+        rewards: What scores the pictures.
+        job: The work.
+        rows: Most rows of one forward; a larger bucket is cut.
 
     Returns:
-        FLOP.
+        Rewards [K, S].
     """
-    x, seen = backbone.noise(range(rows)), backbone.encode([""] * rows)
-    sigma = backbone.schedule(2)[1].to(x).expand(rows)
-    # The counter knows matrix products; fused attention kernels hide theirs.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        backbone.velocity(x, sigma, seen)
-    return counter.get_total_flops() / rows
+    found = np.empty((len(job.thetas), len(job.prompts)))
+    for number, theta in enumerate(job.thetas):
+        own = layout.rows(torch.from_numpy(theta)[None])
+        for first in range(0, len(job.prompts), rows):
+            part = slice(first, first + rows)
+            seen = encode_anew(backbone, layout, job.prompts[part])
+            images = backbone.decode(_sample(backbone, layout, own, seen, job.seeds[part], job.num_steps))
+            found[number, part] = rewards.score(images, job.prompts[part]).total.cpu().double().numpy()
+    return found
 
 
-def spearman(a: Floats, b: Floats) -> float:
-    """Rank correlation of two series.
+def encode_anew(backbone: Backbone, layout: Layout, prompts: Sequence[Prompt]) -> list[Conditioning]:
+    """Encodes what each member sees of some prompts, without the backbone's cache; equal texts once.
 
     Args:
-        a: [K].
-        b: [K].
+        backbone: The model.
+        layout: Says what members see.
+        prompts: The prompts.
 
     Returns:
-        Spearman's rho.
+        A conditioning of as many rows for each member.
     """
-    from scipy.stats import spearmanr
+    encoded: dict[str, Conditioning] = {}
+    seen = []
+    for member in layout.members:
+        negative = member.prompt == "negative"
+        texts = [backbone.phrase(prompt.negative if negative else prompt.text, negative) for prompt in prompts]
+        for text in texts:
+            if text not in encoded:
+                encoded[text] = backbone.encode_text(text)
+        seen.append(Conditioning.cat([encoded[text] for text in texts]).to(backbone.device))
+    return seen
 
-    return float(spearmanr(a, b).statistic)
+
+def _sample(
+    backbone: Backbone, layout: Layout, own: Rows, seen: Sequence[Conditioning], seeds: Sequence[int], num_steps: int
+) -> Tensor:
+    """Latents of one candidate."""
+    sigmas = backbone.schedule(num_steps).to(backbone.device)
+    x = backbone.noise(seeds)
+    weights = own.weights.expand(len(x), -1).to(x.device)
+    for step in range(num_steps):
+        velocities = []
+        for scales, conditioning in zip(own.scales[0], seen, strict=True):
+            attachment = attach(backbone.transformer, layout.sites)
+            with attachment.rows(scales.expand(len(x), -1)):
+                velocities.append(backbone.velocity(x, sigmas[step].expand(len(x)), conditioning))
+            attachment.detach()
+        x = euler_step(x, backbone.guide(torch.stack(velocities, dim=1), weights), sigmas[step], sigmas[step + 1])
+    return x

@@ -2,115 +2,161 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-_HIGH_WATER = Path("/proc/self/status")
-_RESET_HIGH_WATER = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A quantity that was measured several times."""
+
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarises measurements.
+
+        Args:
+            values: At least one.
+
+        Returns:
+            Median and quartiles.
+        """
+        low, median, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The measurements of one variant."""
+    """The times of one variant."""
 
     seconds: tuple[float, ...]
     """Wall-clock seconds of each repetition."""
-    peak_bytes: int | None
-    """Most memory in use during a repetition: of the device, or of the process on a CPU; None where unknown."""
 
     @property
     def median(self) -> float:
         """Median of the seconds."""
-        ordered = sorted(self.seconds)
-        middle = len(ordered) // 2
-        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        return Spread.of(self.seconds).median
 
-    def speedup_over(self, other: Timing) -> float:
-        """Median over the repetitions of the other variant's time divided by this one's.
+    def speedup_over(self, other: Timing) -> Spread:
+        """How many times as fast this variant is as another one.
 
         Args:
             other: A variant of the same interleaved run.
 
         Returns:
-            The ratio; above 1 where this variant is faster.
+            Spread of the ratios inside each repetition.
         """
-        return Timing(tuple(b / a for a, b in zip(self.seconds, other.seconds, strict=True)), None).median
+        return Spread.of([theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)])
 
 
-def interleave(
-    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: bool = True
-) -> dict[str, Timing]:
-    """Times variants in turn, A B C A B C, so that a slow spell of the machine meets all of them.
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a run: of the device, or of the process on a CPU."""
+
+    before_bytes: int
+    """In use when it began: weights, and whatever else is loaded."""
+    peak_bytes: int
+    """Most in use while it ran."""
+
+    @property
+    def working_bytes(self) -> int:
+        """What the run itself needed."""
+        return self.peak_bytes - self.before_bytes
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Timing]:
+    """Times variants in turn, so that a slow spell of the machine meets all of them.
+
+    Each round begins with another variant (A B C, B C A, ...), lest one of them always follow the same neighbour. All
+    run once beforehand, uncounted: that compiles, allocates and fills caches.
 
     Args:
         variants: What to time, by name.
         repeats: Repetitions of each.
         device: Where they run; it is synchronised before each reading of the clock.
-        warm_up: Whether to run each once beforehand, which compiles, allocates and fills caches.
 
     Returns:
         A timing each, in the same order.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    peaks: dict[str, list[int | None]] = {name: [] for name in variants}
-    if warm_up:
-        for run in variants.values():
-            run()
-    for _ in range(repeats):
-        for name, run in variants.items():
-            _reset_peak(device)
-            started = _now(device)
-            run()
-            seconds[name].append(_now(device) - started)
-            peaks[name].append(_peak(device))
-    known = {name: [peak for peak in found if peak is not None] for name, found in peaks.items()}
-    return {name: Timing(tuple(seconds[name]), max(known[name], default=None)) for name in variants}
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        variants[name]()
+    for number in range(repeats):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            started = now(device)
+            variants[name]()
+            seconds[name].append(now(device) - started)
+    return {name: Timing(tuple(seconds[name])) for name in names}
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
-    """Measures the machine's best rate of multiplying square matrices, the roof of every transformer.
+def now(device: torch.device) -> float:
+    """Reads the clock, once the device has done what it was asked to.
 
     Args:
-        device: Where.
-        dtype: Of the matrices.
-        size: Rows and columns.
-        repeats: The best of so many counts.
+        device: What to wait for.
 
     Returns:
-        FLOP/s, 2 size^3 a product.
+        Seconds since some moment.
     """
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    times = []
-    for _ in range(repeats + 1):
-        started = _now(device)
-        torch.mm(a, b, out=out)
-        times.append(_now(device) - started)
-    return 2 * size**3 / min(times[1:])
-
-
-def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _reset_peak(device: torch.device) -> None:
+def memory_of(run: Callable[[], object], device: torch.device) -> Memory | None:
+    """Runs something once, to see how much memory it takes.
+
+    Args:
+        run: What to run, warmed up.
+        device: Where it runs.
+
+    Returns:
+        Allocated memory of a CUDA device; resident memory of this process on Linux; None elsewhere.
+    """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _RESET_HIGH_WATER.exists():
-        _RESET_HIGH_WATER.write_text("5")  # Linux: forgets the largest resident size so far
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if not _HIGH_WATER.exists():
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return Memory(before, torch.cuda.max_memory_allocated(device))
+    if not sys.platform.startswith("linux") or not _reset_high_water():
         return None
-    line = next(line for line in _HIGH_WATER.read_text().splitlines() if line.startswith("VmHWM"))
+    before = _resident("VmRSS")
+    run()
+    return Memory(before, _resident("VmHWM"))
+
+
+def _reset_high_water() -> bool:
+    """Hands freed memory back, and makes Linux forget the largest resident size; False where it will not."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        # What an earlier run freed would otherwise count as this one's.
+        trim(0)
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

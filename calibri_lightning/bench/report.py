@@ -6,52 +6,46 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from calibri_lightning.bench.measure import Timing
+from calibri_lightning.bench.comparison import LoopResult
+from calibri_lightning.bench.growth import GrowthPoint
+from calibri_lightning.bench.measure import Memory, Spread
+from calibri_lightning.bench.order import OrderCheck
+from calibri_lightning.bench.overhead import Overhead
+from calibri_lightning.bench.roofline import Roof
 from calibri_lightning.errors import UserError
-
-
-@dataclass(frozen=True)
-class LoopResult:
-    """One loop on one job."""
-
-    name: str
-    """What it is."""
-    timing: Timing
-    """Its measurements."""
-    images_per_second: float
-    """Scored pictures a second, at the median time."""
-    forwards_per_second: float
-    """Transformer rows a second."""
-    speedup: float
-    """Over the straightforward loop in float32: median of the ratios inside each repetition."""
-    peak_share: float
-    """Arithmetic of its forwards over the measured matmul peak of its dtype."""
 
 
 @dataclass(frozen=True)
 class Report:
     """A whole benchmark."""
 
+    date: str
+    """When it ended, UTC."""
+    command: str
+    """With which it was made."""
     machine: str
     """Processor or GPU, threads, versions."""
     model: str
     """Model and its size."""
     job: str
     """Candidates, prompts, steps, members."""
-    flops_per_row: float
-    """FLOP of one transformer row."""
-    peaks: dict[str, float]
-    """Measured matmul peak by dtype, FLOP/s."""
+    roof: Roof
     loops: tuple[LoopResult, ...]
-    """The loops, the straightforward one first."""
-    hooks_overhead: float
-    """Time of a forward with scales over that of the plain transformer, minus 1."""
-    fold_overhead: float
-    """Time of a forward with folded scales over that of the plain transformer, minus 1."""
+    """The straightforward one first."""
+    overhead: Overhead
+    """What scales cost, in the first setting."""
+    forward_peak_share: float
+    """Arithmetic of a plain forward, without anything around it, over the matmul peak of the first setting."""
     scoring_share: float
-    """Time of the rewards over that of the batched loop."""
-    rank_correlation: float | None
-    """Spearman's rho between candidates scored in float32 and at the lower precision; None where not asked for."""
+    """Scoring's part of the time of the first batched loop."""
+    decoding_share: float
+    """Decoding's part of it."""
+    encoding_share: float
+    """Encoding's part of the time of the straightforward loop."""
+    order: tuple[OrderCheck, ...]
+    """Empty where not asked for."""
+    growth: tuple[GrowthPoint, ...]
+    """Empty where not asked for."""
 
     def write(self, path: Path) -> None:
         """Writes JSON.
@@ -73,21 +67,54 @@ class Report:
         Returns:
             The lines.
         """
-        lines = [self.machine, self.model, self.job, ""]
-        lines += [f"{'loop':<28}{'images/s':>10}{'forwards/s':>12}{'speed-up':>10}{'of peak':>9}{'peak memory':>13}"]
-        lines += ["-" * len(lines[-1])]
-        for loop in self.loops:
-            memory = "-" if loop.timing.peak_bytes is None else f"{loop.timing.peak_bytes / 2**30:.2f} GiB"
-            lines.append(
-                f"{loop.name:<28}{loop.images_per_second:>10.1f}{loop.forwards_per_second:>12.0f}"
-                f"{loop.speedup:>9.2f}x{loop.peak_share:>9.0%}{memory:>13}"
-            )
-        peaks = ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in self.peaks.items())
-        lines += ["", f"roofline: {self.flops_per_row / 1e9:.3g} GFLOP a row; measured matmul peak {peaks}"]
-        lines += [f"scales: {self.hooks_overhead:+.1%} attached, {self.fold_overhead:+.1%} folded, of a forward's time"]
-        lines += [f"rewards: {self.scoring_share:.1%} of the batched loop's time"]
-        if self.rank_correlation is not None:
-            lines.append(
-                f"order of the candidates, float32 against lower precision: Spearman {self.rank_correlation:.4f}"
-            )
-        return "\n".join(lines)
+        parts = [self.machine, self.model, self.job, "", *self._loop_lines(), "", *self._roof_lines()]
+        lines = [*parts, *self._scale_lines(), *self._share_lines()]
+        lines += [f"order of 64 candidates, {check.setting}: Spearman {check.spearman:.4f}" for check in self.order]
+        return "\n".join([*lines, *self._growth_lines()])
+
+    def _loop_lines(self) -> list[str]:
+        head = f"{'loop':<30}{'images/s':>9}{'forwards/s':>11}{'speed-up':>22}{'of peak':>9}{'peak memory':>20}"
+        rows = [
+            f"{loop.name:<30}{loop.images_per_second:>9.3g}{loop.forwards_per_second:>11.4g}"
+            f"{_spread(loop.speedup):>22}{loop.peak_share:>9.0%}{_memory(loop.memory):>20}"
+            for loop in self.loops
+        ]
+        return [head, "-" * len(head), *rows]
+
+    def _roof_lines(self) -> list[str]:
+        peaks = ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in self.roof.matmul_peaks.items())
+        return [f"roofline: {self.roof.flops_per_row / 1e9:.3g} GFLOP a row; measured matmul peak {peaks}"]
+
+    def _scale_lines(self) -> list[str]:
+        found = self.overhead
+        plain = (
+            f"a plain forward of {found.rows} rows, {found.plain_seconds:.3g} s, {self.forward_peak_share:.0%} of peak"
+        )
+        return [f"scales, over {plain}: attached {_percent(found.attached)}, folded {_percent(found.folded)}"]
+
+    def _share_lines(self) -> list[str]:
+        return [
+            f"of the first batched loop: decoding {self.decoding_share:.1%}, scoring {self.scoring_share:.1%}; "
+            f"of the straightforward one: encoding {self.encoding_share:.1%}"
+        ]
+
+    def _growth_lines(self) -> list[str]:
+        return [
+            f"popsize {point.popsize:>4}: {point.timing.median:8.2f} s, {point.timing.median / point.popsize:.3f} s a "
+            f"candidate, peak memory {_memory(point.memory)}"
+            for point in self.growth
+        ]
+
+
+def _spread(value: Spread) -> str:
+    return f"{value.median:.2f}x ({value.low:.2f}-{value.high:.2f})"
+
+
+def _percent(value: Spread) -> str:
+    return f"{value.median:+.1%} ({value.low:+.1%} to {value.high:+.1%})"
+
+
+def _memory(memory: Memory | None) -> str:
+    if memory is None:
+        return "unknown"
+    return f"{memory.peak_bytes / 2**30:.2f} GiB (+{memory.working_bytes / 2**30:.2f})"
