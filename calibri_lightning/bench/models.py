@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -163,6 +163,18 @@ def build(name: str, dtype: DType, device: torch.device, num_blocks: int | None,
         backbone.to(device)
         return backbone
     return build_random(RANDOM_MODELS[name], dtype, device, num_blocks, resolution)
+
+
+def members_of(name: str) -> Literal["single", "cfg"]:
+    """How a model is guided.
+
+    Args:
+        name: One of `MODELS`.
+
+    Returns:
+        By a negative prompt, or not at all.
+    """
+    return "cfg" if name == "shapes" else RANDOM_MODELS[name].members
 
 
 def twin(backbone: Native) -> Native:

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 
-from calibri_lightning.bench.models import MODELS
+from calibri_lightning.bench.models import MODELS, members_of
 from calibri_lightning.bench.precision import PRECISIONS, Precision, Setting
 from calibri_lightning.errors import UserError
 
@@ -39,6 +39,11 @@ class Options:
     device: torch.device
     threads: int | None
     out: Path | None
+
+    @property
+    def members(self) -> Literal["single", "cfg"]:
+        """How the model is guided."""
+        return members_of(self.model)
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -79,6 +84,9 @@ def parse(arguments: Sequence[str]) -> Options:
         _check_positive(name, getattr(given, name))
     for popsize in given.popsizes:
         _check_positive("popsizes", popsize)
+    least = 2 if members_of(given.model) == "cfg" else 1
+    if given.rows < least:
+        raise UserError(f"--rows is {given.rows}; a picture of {given.model} takes {least}, one a member.")
     _check_model(given.model, given.layers, given.resolution)
     if given.order and "float32" not in given.precision:
         raise UserError(

@@ -21,6 +21,7 @@ class OrderCheck:
     """How a setting ranks candidates."""
 
     setting: str
+    num_candidates: int
     spearman: float
     """Rank correlation of the candidates' mean rewards with those in float32."""
 
@@ -38,7 +39,7 @@ def check_order(bench: Workbench, settings: Sequence[Setting]) -> tuple[OrderChe
     job = bench.job(NUM_CANDIDATES)
     reference = bench.batched(REFERENCE)(job).mean(axis=1)
     return tuple(
-        OrderCheck(setting.name, spearman(reference, bench.batched(setting)(job).mean(axis=1)))
+        OrderCheck(setting.name, NUM_CANDIDATES, spearman(reference, bench.batched(setting)(job).mean(axis=1)))
         for setting in settings
         if setting != REFERENCE
     )

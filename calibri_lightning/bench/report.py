@@ -69,7 +69,10 @@ class Report:
         """
         parts = [self.machine, self.model, self.job, "", *self._loop_lines(), "", *self._roof_lines()]
         lines = [*parts, *self._scale_lines(), *self._share_lines()]
-        lines += [f"order of 64 candidates, {check.setting}: Spearman {check.spearman:.4f}" for check in self.order]
+        lines += [
+            f"order of {check.num_candidates} candidates, {check.setting} as in float32: Spearman {check.spearman:.4f}"
+            for check in self.order
+        ]
         return "\n".join([*lines, *self._growth_lines()])
 
     def _loop_lines(self) -> list[str]:

@@ -51,7 +51,7 @@ def measure_peaks(device: torch.device, dtypes: Iterable[DType]) -> dict[DType, 
     Returns:
         FLOP/s by type.
     """
-    return {dtype: matmul_peak(device, getattr(torch, dtype)) for dtype in dict.fromkeys(dtypes)}
+    return {dtype: matmul_peak(device, getattr(torch, dtype), SIZES) for dtype in dict.fromkeys(dtypes)}
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def flops_per_row(backbone: Backbone, rows: int = 2) -> float:
     return counter.get_total_flops() / rows
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = SIZES, repeats: int = 8) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, sizes: Sequence[int], repeats: int = 8) -> float:
     """Measures the machine's best rate of multiplying square matrices.
 
     Args:

@@ -10,10 +10,10 @@ from calibri_lightning.backbones.compiling import compile_blocks
 from calibri_lightning.backbones.loading import DType
 from calibri_lightning.backbones.native import Native
 from calibri_lightning.bench.loops import Floats, Job, batched, straightforward
-from calibri_lightning.bench.models import RANDOM_MODELS, build, twin
+from calibri_lightning.bench.models import build, twin
 from calibri_lightning.bench.options import Options
 from calibri_lightning.bench.precision import Setting
-from calibri_lightning.calibration import Layout, attach, build_layout, find_sites
+from calibri_lightning.calibration import WeightMode, attach, build_layout, find_sites
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.shapes.captions import prompts as captions
@@ -39,11 +39,9 @@ class Workbench:
         self.rewards = RewardSet({"shapes" if options.model == "shapes" else "jpeg_compressibility": 1.0})
         self._weights: dict[DType, Native] = {}
         self._loops: dict[Setting, Loop] = {}
-        members = "cfg" if options.model == "shapes" else RANDOM_MODELS[options.model].members
         sites = find_sites(self.plain(options.settings[0]).transformer)
-        self.layout: Layout = build_layout(
-            sites, "gate", members, GUIDANCE, "guidance" if members == "cfg" else "fixed"
-        )
+        weight_mode: WeightMode = "guidance" if options.members == "cfg" else "fixed"
+        self.layout = build_layout(sites, "gate", options.members, GUIDANCE, weight_mode)
 
     def plain(self, setting: Setting) -> Native:
         """The model of a setting's weights, without hooks; not to be changed.
