@@ -151,7 +151,8 @@ def build_random(
     """
     import diffusers
 
-    with torch.random.fork_rng(), torch.device(device), _default_dtype(getattr(torch, dtype)):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.device(device), _default_dtype(getattr(torch, dtype)):
         torch.manual_seed(0)
         transformer = getattr(diffusers, model.transformer)(**model.config, **model.slice(num_blocks))
         vae = getattr(diffusers, model.autoencoder)(**model.autoencoder_config)

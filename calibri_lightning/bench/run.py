@@ -36,6 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         options = parse(arguments)
+        _quieten()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         report = measure(options, shlex.join(["calibri_lightning", "bench", *arguments]))
@@ -93,6 +94,15 @@ def measure(options: Options, command: str) -> Report:
         order=check_order(bench, options.settings) if options.order else (),
         growth=measure_growth(bench, first, options.popsizes, options.repeats) if options.popsizes else (),
     )
+
+
+def _quieten() -> None:
+    """Leaves the terminal to the report."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _describe_machine(device: torch.device) -> str:
