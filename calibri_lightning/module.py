@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble
 from calibri_lightning.backbones import Backbone
+from calibri_lightning.backbones.compiling import compile_blocks
 from calibri_lightning.calibration import load_start
 from calibri_lightning.checkpoint import run_checkpoint
 from calibri_lightning.conditions import Conditions
@@ -50,6 +51,8 @@ class CalibriModule(LightningModule):
         num_steps: Sampling steps in training, validation and prediction.
         full_num_steps: Sampling steps of the full-cost baseline that the test compares with; 0 for none.
         rows_per_forward: Most rows (pictures x members) of one transformer forward; part of the result's last bits.
+        compile: Compile the transformer's blocks: a minute or more at the start, and again for each new number of rows,
+            then faster forwards. Needs a C++ compiler. Part of the result's last bits.
         init_from: A calibration.json, or a run folder that holds one, to start from.
         num_grid_prompts: Prompts of the before/after grid.
         seed: Seed of noise and search; follows seed_everything on the command line.
@@ -67,6 +70,7 @@ class CalibriModule(LightningModule):
         num_steps: int = 15,
         full_num_steps: int = 28,
         rows_per_forward: int = 128,
+        compile: bool = False,
         init_from: str | None = None,
         num_grid_prompts: int = 12,
         seed: int = 0,
@@ -92,6 +96,9 @@ class CalibriModule(LightningModule):
         self.run_dir = Path()
         self._pace = (0, 0.0)
         self.layout, attachment = assemble(backbone, calibration)
+        self._compiled_blocks = compile
+        if compile:
+            compile_blocks(backbone.transformer)
         self.start_theta: Floats = (
             load_start(init_from, self.layout, backbone.transformer) if init_from else self.layout.start
         )
@@ -119,6 +126,7 @@ class CalibriModule(LightningModule):
             "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
             "weight_mode": self.layout.weight_mode,
             "pictures a unit": self._evaluator.cells_per_unit,
+            **({"compiled blocks": "yes"} if self._compiled_blocks else {}),
             "validation prompts": fingerprint(validation)[:12] if validation else "none",
         }
 

@@ -99,6 +99,9 @@ class FunctionReward(Reward):
 def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """Calls a reward and checks what it returns.
 
+    A reward computes in its own precision, whatever that of the run (`trainer.precision: bf16-mixed`): differences of
+    scores can be smaller than the steps of bfloat16.
+
     Args:
         reward: The reward.
         images: float32 [B, 3, H, W] in 0..1, or videos [B, F, 3, H, W].
@@ -113,7 +116,7 @@ def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -
         UserError: If it returns something other than one number a picture.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             measured = reward.measure(images if reward.takes_frames else middle_frame(images), prompts)
     except UserError:
         raise

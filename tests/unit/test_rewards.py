@@ -50,6 +50,15 @@ def test_the_sum_is_weighted_and_every_reward_is_reported() -> None:
     assert torch.equal(scores.each["jpeg_compressibility"], JpegCompressibility()(IMAGES, PROMPTS))
 
 
+def test_rewards_compute_in_their_own_precision_whatever_that_of_the_run() -> None:
+    weights = torch.linspace(0.1, 1, IMAGES[0].numel())
+    reward = RewardSet.of((FunctionReward("product", lambda images, prompts: images.flatten(1) @ weights), 1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (IMAGES.flatten(1) @ weights).dtype == torch.bfloat16
+        scores = reward.score(IMAGES, PROMPTS)
+    assert torch.equal(scores.total, IMAGES.flatten(1) @ weights)
+
+
 def test_values_that_are_not_finite_become_nan_and_spread_to_the_sum_unless_their_weight_is_zero() -> None:
     broken = FunctionReward("broken", lambda images, prompts: torch.tensor([1.0, torch.nan, torch.inf, -torch.inf]))
     optimised = RewardSet.of((broken, 1.0), (constant(1.0), 1.0)).score(IMAGES, PROMPTS)

@@ -1,0 +1,173 @@
+"""The benchmark's command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+
+from calibri_lightning.bench.models import MODELS, members_of
+from calibri_lightning.bench.precision import PRECISIONS, Precision, Setting
+from calibri_lightning.errors import UserError
+
+_RESOLUTION = 512
+_MULTIPLE = 16
+"""What all random models make: sides of this many pixels, and multiples."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    model: str
+    num_blocks: int | None
+    resolution: int
+    precisions: tuple[Precision, ...]
+    compile: bool
+    popsize: int
+    bucket: int
+    num_steps: int
+    rows: int
+    repeats: int
+    forward_repeats: int
+    order: bool
+    popsizes: tuple[int, ...]
+    device: torch.device
+    threads: int | None
+    out: Path | None
+
+    @property
+    def members(self) -> Literal["single", "cfg"]:
+        """How the model is guided."""
+        return members_of(self.model)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The batched loops, the one of the first precision first."""
+        compiled = (False, True) if self.compile else (False,)
+        return tuple(Setting(precision, c) for precision in self.precisions for c in compiled)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses an argument.
+
+        Args:
+            message: What is wrong.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(f"bench: {message}. All options: calibri_lightning bench --help")
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Reads the command line.
+
+    Args:
+        arguments: Options.
+
+    Returns:
+        What to measure.
+
+    Raises:
+        UserError: If an option is unknown or out of its range.
+    """
+    given = _parser().parse_args(list(arguments))
+    for name in ("popsize", "bucket", "steps", "rows", "repeats", "forward_repeats", "threads", "layers"):
+        _check_positive(name, getattr(given, name))
+    for popsize in given.popsizes:
+        _check_positive("popsizes", popsize)
+    least = 2 if members_of(given.model) == "cfg" else 1
+    if given.rows < least:
+        raise UserError(f"--rows is {given.rows}; a picture of {given.model} takes {least}, one a member.")
+    _check_model(given.model, given.layers, given.resolution)
+    if given.order and "float32" not in given.precision:
+        raise UserError(
+            f"--order compares with float32, but --precision is {' '.join(given.precision)}. Name float32, too, or "
+            "leave --order out."
+        )
+    if given.out is not None and not given.out.parent.is_dir():
+        raise UserError(f"--out is {given.out}; the folder {given.out.parent} does not exist. Make it first.")
+    return Options(
+        model=given.model,
+        num_blocks=given.layers,
+        resolution=given.resolution or _RESOLUTION,
+        precisions=tuple(dict.fromkeys(given.precision)),
+        compile=given.compile,
+        popsize=given.popsize,
+        bucket=given.bucket,
+        num_steps=given.steps,
+        rows=given.rows,
+        repeats=given.repeats,
+        forward_repeats=given.forward_repeats,
+        order=given.order,
+        popsizes=tuple(sorted(set(given.popsizes))),
+        device=_device(given.device),
+        threads=given.threads,
+        out=given.out,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="calibri_lightning bench",
+        description="Measures the evaluation loop on this machine, against the loop that one would write first.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="shapes", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)}; random but for shapes")
+    add("--layers", type=int, help="blocks of a random model (default: as released)")
+    add("--resolution", type=int, help=f"of a random model's pictures, pixels (default: {_RESOLUTION})")
+    add(
+        "--precision",
+        nargs="+",
+        default=["float32"],
+        choices=PRECISIONS,
+        help="of the batched loop, one or more; the straightforward loop runs in the first",
+    )
+    add("--compile", action="store_true", help="measure each precision with compiled blocks, too")
+    add("--popsize", type=int, default=16, help="candidates")
+    add("--bucket", type=int, default=16, help="prompts")
+    add("--steps", type=int, default=8, help="sampling steps")
+    add("--rows", type=int, default=128, help="most rows of one forward")
+    add("--repeats", type=int, default=3, help="interleaved repetitions of the loops")
+    add("--forward-repeats", type=int, default=20, help="interleaved repetitions of single forwards")
+    add("--order", action="store_true", help="check that 64 candidates keep their float32 order")
+    add("--popsizes", type=int, nargs="+", default=[], metavar="N", help="time and memory also for these popsizes")
+    add("--threads", type=int, help="CPU threads (default: torch's own)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--out", type=Path, help="write the report as JSON; --popsizes are plotted beside it")
+    return parser
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
+def _check_model(model: str, layers: int | None, resolution: int | None) -> None:
+    if model == "shapes" and (layers is not None or resolution is not None):
+        given = "--layers" if layers is not None else "--resolution"
+        raise UserError(f"{given} is for random models; shapes is trained as it is. Leave it out.")
+    if resolution is not None and (resolution < _MULTIPLE or resolution % _MULTIPLE):
+        nearest = max(round(resolution / _MULTIPLE), 1) * _MULTIPLE
+        raise UserError(f"--resolution is {resolution}; it must be a multiple of {_MULTIPLE}, such as {nearest}.")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name!r}; it must be cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device is {name}, but torch sees {torch.cuda.device_count()} CUDA device(s). Use cpu.")
+    return device

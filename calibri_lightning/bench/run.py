@@ -1,0 +1,134 @@
+"""The benchmark's command: `python -m calibri_lightning bench`."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from calibri_lightning.bench.comparison import compare, run_loops
+from calibri_lightning.bench.growth import measure_growth
+from calibri_lightning.bench.models import twin
+from calibri_lightning.bench.options import Options, parse
+from calibri_lightning.bench.order import check_order
+from calibri_lightning.bench.overhead import measure_overhead
+from calibri_lightning.bench.parts import measure_parts
+from calibri_lightning.bench.plot import plot_growth
+from calibri_lightning.bench.report import Report
+from calibri_lightning.bench.roofline import Roof, flops_per_row, measure_peaks
+from calibri_lightning.bench.workbench import Workbench
+from calibri_lightning.errors import UserError
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the benchmark and prints its report.
+
+    Args:
+        arguments: Options.
+
+    Returns:
+        Exit code: 0, or 2 for a user's mistake.
+    """
+    try:
+        options = parse(arguments)
+        _quieten()
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        report = measure(options, shlex.join(["calibri_lightning", "bench", *arguments]))
+        if options.out is not None:
+            report.write(options.out)
+            if report.growth:
+                subtitle = f"{report.model}; {report.machine}"
+                plot_growth(options.out.with_suffix(".png"), report.growth, "A generation over its size", subtitle)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        hint = "Lower --rows, --resolution or --layers"
+        print(f"error: the device's memory is full ({str(error).splitlines()[0]}). {hint}.", file=sys.stderr)
+        return 2
+    print(report.render())
+    return 0
+
+
+def measure(options: Options, command: str) -> Report:
+    """Measures everything.
+
+    Args:
+        options: What to measure.
+        command: For the report.
+
+    Returns:
+        The report.
+    """
+    bench = Workbench(options)
+    first, job, device = options.settings[0], bench.job(options.popsize), options.device
+    plain, dtypes = bench.plain(first), [setting.products for setting in options.settings]
+    peaks = measure_peaks(device, dtypes)
+    with first.active(device):
+        overhead = measure_overhead(plain, bench.layout, options.rows, options.forward_repeats)
+        parts = measure_parts(twin(plain), bench.layout, bench.rewards, job, options.rows, options.repeats)
+    runs = run_loops(bench, job)
+    # Once more, and the higher counts: a slow moment would lower the roof.
+    peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in measure_peaks(device, dtypes).items()}
+    roof = Roof(flops_per_row(plain), peaks)
+    straightforward, batched = runs[0].timing.median, runs[1].timing.median
+    return Report(
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        command=command,
+        machine=_describe_machine(device),
+        model=_describe_model(bench),
+        job=_describe_job(bench),
+        roof=roof,
+        loops=compare(runs, job.num_images, job.num_forwards(bench.layout), roof),
+        overhead=overhead,
+        forward_peak_share=roof.share(options.rows / overhead.plain_seconds, first.products),
+        scoring_share=parts.score * job.num_images / batched,
+        decoding_share=parts.decode * job.num_images / batched,
+        encoding_share=parts.encode * options.popsize / straightforward,
+        order=check_order(bench, options.settings) if options.order else (),
+        growth=measure_growth(bench, first, options.popsizes, options.repeats) if options.popsizes else (),
+    )
+
+
+def _quieten() -> None:
+    """Leaves the terminal to the report."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _describe_machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{name}, {torch.get_num_threads()} thread(s), {versions}"
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _describe_model(bench: Workbench) -> str:
+    backbone = bench.plain(bench.options.settings[0])
+    size = sum(parameter.numel() for parameter in backbone.transformer.parameters()) / 1e6
+    height, width = backbone.image_size
+    return (
+        f"{bench.options.model}: {size:,.1f} M parameters, {len(bench.layout.sites)} sites, {height} x {width} pixels"
+    )
+
+
+def _describe_job(bench: Workbench) -> str:
+    options = bench.options
+    return (
+        f"{options.popsize} candidates x {options.bucket} prompts, {options.num_steps} steps, "
+        f"{len(bench.layout.members)} member(s), {options.rows} rows a forward, {options.repeats} repetitions"
+    )
