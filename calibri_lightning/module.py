@@ -48,6 +48,8 @@ class CalibriModule(LightningModule):
         num_steps: Sampling steps in training, validation and prediction.
         full_num_steps: Sampling steps of the full-cost baseline that the test compares with; 0 for none.
         rows_per_forward: Most rows (pictures x members) of one transformer forward; part of the result's last bits.
+        overlap_scoring: Score pictures in a second thread while the next ones are sampled; no result depends on it. Off
+            for a reward that must run in the main thread (signals, connections that belong to a thread).
         init_from: A calibration.json, or a run folder that holds one, to start from.
         num_grid_prompts: Prompts of the before/after grid.
         seed: Seed of noise and search; follows seed_everything on the command line.
@@ -65,6 +67,7 @@ class CalibriModule(LightningModule):
         num_steps: int = 15,
         full_num_steps: int = 28,
         rows_per_forward: int = 128,
+        overlap_scoring: bool = True,
         init_from: str | None = None,
         num_grid_prompts: int = 12,
         seed: int = 0,
@@ -96,7 +99,7 @@ class CalibriModule(LightningModule):
         )
         # A parameter, for DDP wants one and broadcasts buffers; float64, for it is the answer itself.
         self.theta = nn.Parameter(torch.from_numpy(self.start_theta.copy()))
-        self._evaluator = Evaluator(backbone, attachment, self.layout, self.rewards, rows_per_forward)
+        self._evaluator = Evaluator(backbone, attachment, self.layout, self.rewards, rows_per_forward, overlap_scoring)
 
     @property
     def answer(self) -> Floats:
