@@ -15,6 +15,7 @@ commands:
   validate   score the start, and a checkpoint's answer, on the validation prompts
   test       compare base and calibration on the test prompts: table, summary.json, pictures
   predict    draw prompts with a calibration, one PNG each
+  plan       say what memory a fit will need, before anything is loaded
 
 start here:
   python -m calibri_lightning fit --config configs/quickstart.yaml
@@ -24,7 +25,7 @@ the resolved settings:    python -m calibri_lightning fit --config FILE --print_
 shell completion:         python -m calibri_lightning --print_completion=shtab-bash
 """
 
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Before anything imports transformers, which warns of image processors that need torchvision; none here do.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if arguments[0] == "plan":
+        from calibri_lightning.planning.command import run_plan
+
+        return run_plan(arguments[1:])
     from calibri_lightning.cli import run
 
     return run(arguments)

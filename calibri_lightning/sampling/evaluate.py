@@ -24,6 +24,7 @@ from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
 from calibri_lightning.sampling.overlap import Behind
 from calibri_lightning.sampling.rollout import Samples
+from calibri_lightning.sampling.rows import check_rows
 
 if TYPE_CHECKING:
     from calibri_lightning.backbones.base import Backbone
@@ -66,12 +67,7 @@ class Evaluator:
             UserError: If rows_per_forward is below the number of members.
         """
         num_members = len(layout.members)
-        if rows_per_forward < num_members:
-            raise UserError(
-                f"rows_per_forward is {rows_per_forward}; one picture takes a row for each of its "
-                f"{num_members} member(s). "
-                f"Set rows_per_forward to {num_members} or more."
-            )
+        check_rows(rows_per_forward, num_members)
         self.backbone, self.attachment, self.layout, self.rewards = backbone, attachment, layout, rewards
         self.overlap_scoring = overlap_scoring
         self.cells_per_unit = rows_per_forward // num_members
@@ -256,7 +252,7 @@ class Evaluator:
     ) -> Samples:
         device = self.backbone.device
         slots = list(dict.fromkeys(cell.slot for cell in unit))
-        place = torch.tensor([slots.index(cell.slot) for cell in unit]).to(device)
+        place = [slots.index(cell.slot) for cell in unit]
         candidates = torch.tensor([cell.candidate for cell in unit]).to(device)
         guided = any(member.prompt == "negative" for member in self.layout.members)
         texts, negatives = [prompts[s].text for s in slots], [prompts[s].negative for s in slots]
