@@ -15,6 +15,7 @@ commands:
   validate   score the start, and a checkpoint's answer, on the validation prompts
   test       compare base and calibration on the test prompts: table, summary.json, pictures
   predict    draw prompts with a calibration, one PNG each
+  plan       say what memory a fit will need, before anything is loaded
   bench      measure the evaluation loop on this machine
 
 start here:
@@ -25,7 +26,7 @@ the resolved settings:    python -m calibri_lightning fit --config FILE --print_
 shell completion:         python -m calibri_lightning --print_completion=shtab-bash
 """
 
-COMMANDS = ("fit", "validate", "test", "predict", "bench")
+COMMANDS = ("fit", "validate", "test", "predict", "plan", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from calibri_lightning.bench.run import run as run_bench
 
         return run_bench(arguments[1:])
+    if arguments[0] == "plan":
+        from calibri_lightning.planning.command import run_plan
+
+        return run_plan(arguments[1:])
     from calibri_lightning.cli import run
 
     return run(arguments)

@@ -21,8 +21,8 @@ from calibri_lightning.calibration import (
 
 _log = logging.getLogger(__name__)
 
-PROBE_ROWS = 4
-"""Rows of the forward that looks for sites without effect."""
+PROBE_ROWS = 16
+"""Rows of the forward that looks for sites without effect, each of which tries one site."""
 
 
 @dataclass

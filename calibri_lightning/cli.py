@@ -193,6 +193,32 @@ class CalibriCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
+class _ParsingCLI(CalibriCLI):
+    """Parses and stops there."""
+
+    def before_instantiate_classes(self) -> None:
+        """Checks nothing, makes no folder."""
+
+    def instantiate_classes(self) -> None:
+        """Makes nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
+def parse_fit(arguments: Sequence[str]) -> dict[str, Any]:
+    """Reads the configuration of a fit as `fit` does, without making any of its objects.
+
+    Args:
+        arguments: What follows the word fit.
+
+    Returns:
+        All settings by name, nested; classes as class_path and init_args.
+    """
+    _quieten()
+    return dict(_start(["fit", *arguments], ResumeHint(), _ParsingCLI).config["fit"].as_dict())
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs one command.
 
@@ -236,8 +262,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _start(arguments: Sequence[str], hint: ResumeHint) -> None:
-    CalibriCLI(
+def _start(arguments: Sequence[str], hint: ResumeHint, cli: type[CalibriCLI] = CalibriCLI) -> CalibriCLI:
+    return cli(
         CalibriModule,
         PromptData,
         save_config_callback=RunConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
+from calibri_lightning.sampling.rows import automatic_rows
 from calibri_lightning.strategies.base import Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
 from calibri_lightning.trace import Trace, stats_of
@@ -36,6 +37,8 @@ from calibri_lightning.validation import Validation, validate
 
 PARTS = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ()}
 """The prompts that a stage scores, or prepares to score."""
+PROMPT_PARTS = ("train", "val", "test", "predict")
+"""All parts of the data."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Settings of trainer.precision that leave parameters as they are."""
 
@@ -51,8 +54,11 @@ class CalibriModule(LightningModule):
         num_steps: Sampling steps in training, validation and prediction.
         full_num_steps: Sampling steps of the full-cost baseline that the test compares with; 0 for none.
         rows_per_forward: Most rows (pictures x members) of one transformer forward; part of the result's last bits.
+            auto measures what the device takes; a checkpoint remembers what it found.
         compile: Compile the transformer's blocks: a minute or more at the start, and again for each new number of rows,
             then faster forwards. Needs a C++ compiler. Part of the result's last bits.
+        overlap_scoring: Score pictures in a second thread while the next ones are sampled; no result depends on it. Off
+            for a reward that must run in the main thread (signals, connections that belong to a thread).
         init_from: A calibration.json, or a run folder that holds one, to start from.
         num_grid_prompts: Prompts of the before/after grid.
         seed: Seed of noise and search; follows seed_everything on the command line.
@@ -69,8 +75,9 @@ class CalibriModule(LightningModule):
         calibration: CalibrationConfig = DEFAULT_CALIBRATION,
         num_steps: int = 15,
         full_num_steps: int = 28,
-        rows_per_forward: int = 128,
+        rows_per_forward: int | Literal["auto"] = "auto",
         compile: bool = False,
+        overlap_scoring: bool = True,
         init_from: str | None = None,
         num_grid_prompts: int = 12,
         seed: int = 0,
@@ -88,7 +95,8 @@ class CalibriModule(LightningModule):
         self.backbone, self.strategy, self.rewards = backbone, strategy, RewardSet(rewards)
         self.num_steps, self.full_num_steps, self.seed = num_steps, full_num_steps, seed
         self.init_from, self.num_grid_prompts = init_from, num_grid_prompts
-        self.networks = backbone.modules()
+        # Text encoders that come and go are not for Lightning to move.
+        self.networks = backbone.resident_modules()
         self.budget = Budget(images=0, forwards=0, device_seconds=0.0)
         self.last_generation: GenerationStats | None = None
         self.trace = Trace()
@@ -104,7 +112,12 @@ class CalibriModule(LightningModule):
         )
         # A parameter, for DDP wants one and broadcasts buffers; float64, for it is the answer itself.
         self.theta = nn.Parameter(torch.from_numpy(self.start_theta.copy()))
-        self._evaluator = Evaluator(backbone, attachment, self.layout, self.rewards, rows_per_forward)
+        self._attachment, self._overlap = attachment, overlap_scoring
+        self.rows_are_automatic = rows_per_forward == "auto"
+        self.rows_per_forward: int | None = None
+        self._evaluator: Evaluator | None = None
+        if isinstance(rows_per_forward, int):
+            self._set_rows(rows_per_forward)
 
     @property
     def answer(self) -> Floats:
@@ -125,7 +138,7 @@ class CalibriModule(LightningModule):
             "num_steps": self.num_steps,
             "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
             "weight_mode": self.layout.weight_mode,
-            "pictures a unit": self._evaluator.cells_per_unit,
+            "pictures a unit": self._ready.cells_per_unit,
             **({"compiled blocks": "yes"} if self._compiled_blocks else {}),
             "validation prompts": fingerprint(validation)[:12] if validation else "none",
         }
@@ -166,8 +179,51 @@ class CalibriModule(LightningModule):
         for part in PARTS[stage]:
             self.rewards.check(self._prompts(part))
 
+    def _set_rows(self, rows: int) -> None:
+        self.rows_per_forward = rows
+        self._evaluator = Evaluator(self.backbone, self._attachment, self.layout, self.rewards, rows, self._overlap)
+
+    @property
+    def _ready(self) -> Evaluator:
+        assert self._evaluator is not None, "rows_per_forward is settled when a stage starts"
+        return self._evaluator
+
+    def _start_stage(self) -> None:
+        """Settles what a stage needs of the device, where the model is now; a checkpoint has been read."""
+        prompts = [prompt for part in PROMPT_PARTS for prompt in self._prompts(part)]
+        guided = any(member.prompt == "negative" for member in self.layout.members)
+        self.backbone.prepare([p.text for p in prompts], [p.negative for p in prompts] if guided else [])
+        if self._evaluator is None:
+            self._settle_rows(max(prompts, key=lambda prompt: len(prompt.text), default=Prompt("", 0)))
+
+    def _settle_rows(self, longest: Prompt) -> None:
+        """Fixes rows_per_forward, once.
+
+        The composition of units, and so the last bits of all rewards, follow from it: all ranks take the smallest that
+        any of them found, and a resumed run takes what its checkpoint holds.
+        """
+        # As in a step of the trainer, autocast included.
+        with self.trainer.precision_plugin.forward_context():
+            found = automatic_rows(self.backbone, self._attachment, self.layout, longest)
+        if self.trainer.world_size > 1:
+            found = int(min(self._gather(np.array([float(found)])), key=float)[0])
+        self._set_rows(found)
+
+    def on_validation_start(self) -> None:
+        """Settles what a stage needs of the device."""
+        self._start_stage()
+
+    def on_test_start(self) -> None:
+        """Settles what a stage needs of the device."""
+        self._start_stage()
+
+    def on_predict_start(self) -> None:
+        """Settles what a stage needs of the device."""
+        self._start_stage()
+
     def on_fit_start(self) -> None:
         """Says what is about to happen; a run that was cut off after its last generation is closed here."""
+        self._start_stage()
         RunReport(self).announce()
         # The trainer skips the loop of a finished run, and with it `on_train_end`.
         if self.resumed_step is not None and 0 <= self.trainer.max_steps <= self.resumed_step:
@@ -186,7 +242,7 @@ class CalibriModule(LightningModule):
         """Scores candidates on prompts, shared among all ranks; arguments as for `Evaluator.evaluate`."""
         trainer, started = self.trainer, time.monotonic()
         ranks = (trainer.global_rank, trainer.world_size)
-        answer = self._evaluator.evaluate(
+        answer = self._ready.evaluate(
             thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self._gather, done, known
         )
         if trainer.state.fn == "fit":  # the budget is what the calibration cost; a test is none of it
@@ -283,7 +339,7 @@ class CalibriModule(LightningModule):
     def pictures(self, theta: Floats, batch: PromptBatch, num_steps: int) -> Mapping[int, Tensor]:
         """Draws this rank's share of the prompts; picture [3, H, W] on the CPU by the position of its prompt."""
         ranks = (self.trainer.global_rank, self.trainer.world_size)
-        units = self._evaluator.images(theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks)
+        units = self._ready.images(theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks)
         return {cell.slot: image for cells, images in units for cell, image in zip(cells, images.cpu(), strict=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -292,6 +348,7 @@ class CalibriModule(LightningModule):
         checkpoint[KEY] = {
             "describes": describe(self, self.layout, self.backbone.transformer),
             "trace": self.trace.state(),
+            "rows_per_forward": self.rows_per_forward,
             "budget": [self.budget.images, self.budget.forwards, self.budget.device_seconds],
         }
 
@@ -300,3 +357,6 @@ class CalibriModule(LightningModule):
         require_same(describe(self, self.layout, self.backbone.transformer), checkpoint)
         self.budget, self.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
         self.resumed_step = int(checkpoint["global_step"])
+        recorded = checkpoint[KEY].get("rows_per_forward")
+        if self.rows_are_automatic and recorded is not None:
+            self._set_rows(recorded)

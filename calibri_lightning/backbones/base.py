@@ -15,6 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from calibri_lightning.backbones.conditioning import Conditioning
+from calibri_lightning.backbones.embeddings import Embeddings
+from calibri_lightning.backbones.memory import (
+    MemoryOptions,
+    check_attention_backend,
+    set_up_vae,
+    use_attention_backend,
+)
+from calibri_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -40,18 +48,36 @@ class Backbone(ABC):
     guides_by_first_member: ClassVar[bool] = False
     """Whether `guide` reads the first member's velocity even where its weight is 0 (see `rescaling`)."""
 
+    memory: MemoryOptions
+    """Where things are kept."""
+
     def __init__(self) -> None:
         """Starts with an empty cache of encoded texts."""
-        self._encoded: dict[str, Conditioning] = {}
+        self._embeddings = Embeddings(self)
+        self._attends_on: torch.device | None = None
+        self.memory = MemoryOptions()
 
     @property
     def device(self) -> torch.device:
         """Where the transformer is."""
         return next(self.transformer.parameters()).device
 
+    @property
+    def text_device(self) -> torch.device:
+        """Where texts are encoded."""
+        encoder = next(self.text_encoders().parameters(), None)
+        return self.device if encoder is None else encoder.device
+
     @abstractmethod
     def modules(self) -> nn.ModuleList:
         """All networks of the pipeline: frozen, in evaluation mode."""
+
+    def resident_modules(self) -> nn.ModuleList:
+        """The networks that stay on the device: all, but for text encoders that are kept elsewhere."""
+        if self.memory.text_encoders == "keep":
+            return self.modules()
+        encoders = {id(encoder) for encoder in self.text_encoders()}
+        return nn.ModuleList([network for network in self.modules() if id(network) not in encoders])
 
     @abstractmethod
     def text_encoders(self) -> nn.ModuleList:
@@ -82,6 +108,11 @@ class Backbone(ABC):
             UserError: If num_steps is below 1.
         """
 
+    @property
+    def tokens_per_row(self) -> int | None:
+        """Tokens, image and text, that the transformer sees for one row; None where it is not ours to know."""
+        return None
+
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one latent, without the batch dimension."""
@@ -109,6 +140,20 @@ class Backbone(ABC):
         Returns:
             float32 [B, 3, H, W] in 0..1; [B, F, 3, H, W], F frames each, from a video model.
         """
+
+    def use_memory(self, options: MemoryOptions) -> None:
+        """Applies a user's choices about memory; those that depend on the device wait for `prepare`.
+
+        Args:
+            options: The choices.
+
+        Raises:
+            UserError: If this model cannot do what is asked.
+        """
+        if options.attention_backend is not None:
+            check_attention_backend(self.transformer, options.attention_backend)
+        set_up_vae(self.pipeline, options)
+        self.memory = options
 
     def check_members(self, members: MemberSpec, weight_mode: WeightMode) -> None:  # noqa: B027 - most take all
         """Refuses a calibration that this model cannot sample; called before anything is attached.
@@ -158,19 +203,39 @@ class Backbone(ABC):
         Returns:
             One row a text, in order, on the transformer's device.
         """
-        phrases = [self.phrase(text, negative) for text in texts]
-        unique = {phrase: row for row, phrase in enumerate(dict.fromkeys(phrases))}
-        missing = [phrase for phrase in unique if phrase not in self._encoded]
-        if missing:
-            self.text_encoders().to(self.device)
-        for phrase in missing:
-            self._encoded[phrase] = self.encode_text(phrase).to("cpu")
-        rows = Conditioning.cat([self._encoded[phrase] for phrase in unique]).to(self.device)
-        return rows if len(unique) == len(phrases) else rows.take([unique[phrase] for phrase in phrases])
+        return self._embeddings.rows([self.phrase(text, negative) for text in texts])
 
     def release_text_encoders(self) -> None:
         """Moves the text encoders to the CPU; `encode` brings them back when it meets a new text."""
         self.text_encoders().to("cpu")
+
+    def drop_text_encoders(self) -> None:
+        """Removes the text encoders from memory.
+
+        Raises:
+            UserError: If this backbone cannot do without them.
+        """
+        raise UserError(
+            f"memory.text_encoders is drop, but {type(self).__name__} leaves its text encoders to the pipeline. Use "
+            "keep."
+        )
+
+    def prepare(self, texts: Sequence[str], negatives: Sequence[str]) -> None:
+        """Applies what waits for the device; called when the networks are where a run will use them.
+
+        Args:
+            texts: All prompts of the run; encoded now where the text encoders are to be dropped.
+            negatives: All its negative prompts.
+
+        Raises:
+            UserError: If the attention back end does not work on this device.
+        """
+        if self.memory.attention_backend is not None and self._attends_on != self.device:
+            self._attends_on = self.device
+            use_attention_backend(self.transformer, self.memory.attention_backend, lambda: self.probe_forward(1))
+        if self.memory.text_encoders == "drop":
+            phrases = [self.phrase(text, False) for text in texts] + [self.phrase(text, True) for text in negatives]
+            self._embeddings.drop_encoders(phrases)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Draws initial noise, each row from its own CPU generator: the same on any machine, in any batch.
@@ -227,7 +292,7 @@ class Backbone(ABC):
         return self.velocity(noise, sigma, self.encode([""] * num_rows))
 
     def to(self, device: torch.device | str) -> Backbone:
-        """Moves all networks.
+        """Moves the networks that stay on the device.
 
         Args:
             device: Where to.
@@ -235,5 +300,5 @@ class Backbone(ABC):
         Returns:
             Itself.
         """
-        self.modules().to(device)
+        self.resident_modules().to(device)
         return self

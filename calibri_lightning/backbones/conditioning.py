@@ -53,17 +53,19 @@ class Conditioning:
         """Selects rows, with repetition where an index repeats; padding that no selected row needs is cut off.
 
         Args:
-            indices: Row numbers [N]; a tensor on the conditioning's device avoids a copy.
+            indices: Row numbers [N]; better on the CPU, where texts differ in length.
 
         Returns:
             A conditioning of N rows.
         """
-        device = next(iter(self.tensors.values())).device
-        rows = torch.as_tensor(indices, dtype=torch.long, device=device)
+        device, rows = next(iter(self.tensors.values())).device, torch.as_tensor(indices, dtype=torch.long)
+        # Read before they go to the device, which reading them there would wait for.
+        numbers = rows.tolist() if self.lengths is not None else []
+        rows = rows.to(device)
         tensors = {name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()}
         if self.lengths is None:
             return Conditioning(tensors)
-        lengths = tuple(self.lengths[row] for row in rows.tolist())
+        lengths = tuple(self.lengths[row] for row in numbers)
         for name in _TEXT:
             tensors[name] = tensors[name][:, : max(lengths)]
         return Conditioning(tensors, lengths)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calibri_lightning.backbones.loading import DType
+from calibri_lightning.backbones.memory import MemoryOptions
 from calibri_lightning.backbones.native import Native
 from calibri_lightning.errors import UserError
 
@@ -31,6 +32,7 @@ class Distilled(Native):
         height: int | None = None,
         width: int | None = None,
         embedded_guidance: float | None = None,
+        memory: MemoryOptions = MemoryOptions(),  # noqa: B008 - read, never changed; jsonargparse wants it
     ) -> None:
         """Loads a pipeline.
 
@@ -42,12 +44,13 @@ class Distilled(Native):
             width: Width of the pictures, pixels; by default the model's own.
             embedded_guidance: Guidance scale that a guidance-distilled transformer takes as an input (the stock
                 pipeline's guidance_scale); by default the stock pipeline's own.
+            memory: Where text encoders and embeddings are kept, and how the autoencoder and attention run.
 
         Raises:
-            UserError: If the model cannot be loaded, cannot make pictures of that size, or takes no embedded guidance
-                though one is given.
+            UserError: If the model cannot be loaded, cannot make pictures of that size, cannot keep to `memory`, or
+                takes no embedded guidance though one is given.
         """
-        super().__init__(pretrained, dtype, revision, height, width)
+        super().__init__(pretrained, dtype, revision, height, width, memory)
         if embedded_guidance is not None:
             if not self.takes_guidance:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,8 +43,20 @@ class FLUX1(Distilled):
         Returns:
             "prompt" [1, 512, D] (T5, padded: the model attends to the padding) and "pooled" [1, P] (CLIP).
         """
-        prompt, pooled, _ = self.pipeline.encode_prompt([text], None, device=self.device)
+        prompt, pooled, _ = self.pipeline.encode_prompt([text], None, device=self.text_device)
         return Conditioning({"prompt": prompt.to(self.dtype), "pooled": pooled.to(self.dtype)})
+
+    def text_shapes(self, num_tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` makes of one text.
+
+        Args:
+            num_tokens: T5 tokens; 512 by default.
+
+        Returns:
+            Shape of each tensor, without the dimension that counts prompts.
+        """
+        config = self.transformer.config
+        return {"prompt": (num_tokens or 512, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One forward of the transformer; FLUX.1 takes the time in 0..1 and predicts noise - data.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,8 +71,19 @@ class FLUX2(Distilled):
         Returns:
             "prompt" [1, 512, D]: three layers side by side, padded (the model attends to the padding).
         """
-        prompt, _ = self.pipeline.encode_prompt([text], device=self.device)
+        prompt, _ = self.pipeline.encode_prompt([text], device=self.text_device)
         return Conditioning({"prompt": prompt.to(self.dtype)})
+
+    def text_shapes(self, num_tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` makes of one text.
+
+        Args:
+            num_tokens: Text tokens; 512 by default.
+
+        Returns:
+            Shape of each tensor, without the dimension that counts prompts.
+        """
+        return {"prompt": (num_tokens or 512, self.transformer.config.joint_attention_dim)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One forward of the transformer; FLUX.2 takes the time in 0..1 and predicts noise - data.

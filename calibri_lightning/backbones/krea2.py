@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from calibri_lightning.backbones.conditioning import Conditioning
-from calibri_lightning.backbones.native import Native
+from calibri_lightning.backbones.native import TYPICAL_TOKENS, Native
 from calibri_lightning.backbones.packing import pack, unpack
 from calibri_lightning.backbones.qwen_image import decode_qwen
 from calibri_lightning.errors import UserError
@@ -77,8 +78,20 @@ class Krea2(Native):
             of its template. No text token has a position, and padding is masked, so nothing changes; 512 tokens a
             prompt would fill the memory.
         """
-        prompt, mask = self.pipeline.encode_prompt([text], device=self.device)
+        prompt, mask = self.pipeline.encode_prompt([text], device=self.text_device)
         return Conditioning.of_text(prompt[:, mask[0]].to(self.dtype))
+
+    def text_shapes(self, num_tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` makes of one text.
+
+        Args:
+            num_tokens: Text tokens.
+
+        Returns:
+            Shape of each tensor, without the dimension that counts prompts.
+        """
+        tokens, config = num_tokens or TYPICAL_TOKENS, self.transformer.config
+        return {"prompt": (tokens, config.num_text_layers, config.text_hidden_dim), "mask": (tokens,)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One forward of the transformer; Krea 2 takes the time in 0..1 and predicts noise - data.

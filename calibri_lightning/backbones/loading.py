@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from calibri_lightning.backbones.quantisation import Quantization, quantization_config
 from calibri_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Component = tuple[str | None, str | None]
 """Library and class of a component, as model_index.json names them."""
 DType = Literal["float32", "bfloat16"]
+Fetch = Callable[[str, str | None], Path]
 
 SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
 """The embedded pipeline, an ordinary diffusers folder."""
@@ -30,7 +32,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def load_pipeline(class_names: Sequence[str], pretrained: str, dtype: DType, revision: str | None) -> DiffusionPipeline:
+def load_pipeline(
+    class_names: Sequence[str],
+    pretrained: str,
+    dtype: DType,
+    revision: str | None,
+    quantization: Quantization | None = None,
+) -> DiffusionPipeline:
     """Loads a pipeline from a folder, the Hub or the package; never from pickle, only from safetensors.
 
     Args:
@@ -38,23 +46,63 @@ def load_pipeline(class_names: Sequence[str], pretrained: str, dtype: DType, rev
         pretrained: "shapes", a folder, or a Hub id "owner/name".
         dtype: Type of all networks.
         revision: Branch, tag or commit of a Hub repository.
+        quantization: How the transformer is quantised; by default it is not.
 
     Returns:
         The pipeline on the CPU, all networks frozen and in evaluation mode.
 
     Raises:
-        UserError: If dtype is unknown, or the pipeline is absent, incomplete, damaged or of another class.
+        UserError: If dtype is unknown, the pipeline is absent, incomplete, damaged or of another class, or the package
+            that quantises is missing.
+    """
+    number_type = torch_dtype(dtype)
+    quantized = None if quantization is None else quantization_config(quantization, number_type)
+    folder = find_folder(class_names, pretrained, revision)
+    class_name, index = check_folder(folder, class_names)
+    networks = {
+        name: _load_network(folder, name, network, number_type, quantized if name == "transformer" else None)
+        for name, entry in index.items()
+        if (network := network_class(entry)) is not None
+    }
+    return assemble_pipeline(folder, class_name, index, networks)
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Turns the name of a type into the type.
+
+    Args:
+        dtype: The name.
+
+    Returns:
+        The type.
+
+    Raises:
+        UserError: If it is not one of those that networks are loaded in.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
-    folder = _folder(class_names, pretrained, revision)
-    class_name, index = check_folder(folder, class_names)
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def assemble_pipeline(
+    folder: Path, class_name: str, index: Mapping[str, Component], networks: Mapping[str, torch.nn.Module]
+) -> DiffusionPipeline:
+    """Makes a pipeline of networks that exist already and of what else its folder holds.
+
+    Args:
+        folder: A diffusers folder.
+        class_name: The pipeline's class.
+        index: Its components, as `check_folder` gives them.
+        networks: Those that are networks.
+
+    Returns:
+        The pipeline, all networks frozen and in evaluation mode.
+
+    Raises:
+        UserError: If its parts do not belong together.
+    """
     cls = _pipeline_class(class_name, folder)
-    networks = {
-        name: _load_network(folder, name, network, getattr(torch, dtype))
-        for name, entry in index.items()
-        if (network := _network_class(entry)) is not None
-    }
     # Of some components that a pipeline does without, from_pretrained (0.42.1) wants to be told.
     absent = dict.fromkeys(name for name, (library, _) in index.items() if library is None)
     try:
@@ -82,7 +130,21 @@ def _pipeline_class(name: str, folder: Path) -> type[DiffusionPipeline]:
     return found
 
 
-def _folder(class_names: Sequence[str], pretrained: str, revision: str | None) -> Path:
+def find_folder(class_names: Sequence[str], pretrained: str, revision: str | None, fetch: Fetch | None = None) -> Path:
+    """Finds the folder of a model.
+
+    Args:
+        class_names: Pipeline classes of diffusers that are acceptable; none for any.
+        pretrained: "shapes", a folder, or a Hub id "owner/name".
+        revision: Branch, tag or commit of a Hub repository.
+        fetch: Gives the folder of a Hub id and a revision; by default they are downloaded.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If there is none.
+    """
     if pretrained == "shapes":
         if not SHAPES_FOLDER.is_dir():
             raise UserError(
@@ -97,6 +159,8 @@ def _folder(class_names: Sequence[str], pretrained: str, revision: str | None) -
             f"pretrained is {pretrained!r}, which is neither an existing folder nor a Hub id 'owner/name' "
             "nor 'shapes'. Check the path."
         )
+    if fetch is not None:
+        return fetch(pretrained, revision)
     import diffusers
 
     # A class of its own knows its optional components; where several are allowed, the model's index decides.
@@ -110,8 +174,15 @@ def _folder(class_names: Sequence[str], pretrained: str, revision: str | None) -
         ) from error
 
 
-def _network_class(entry: Component) -> Any:
-    """The class of a component that is a network of diffusers or transformers, else None."""
+def network_class(entry: Component) -> Any:
+    """Finds the class of a component.
+
+    Args:
+        entry: Library and class, as model_index.json names them.
+
+    Returns:
+        The class, if it is a network of diffusers or transformers; else None.
+    """
     library, name = entry
     if library not in ("diffusers", "transformers") or name is None:
         return None
@@ -119,12 +190,13 @@ def _network_class(entry: Component) -> Any:
     return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
 
 
-def _load_network(folder: Path, name: str, network: Any, dtype: torch.dtype) -> torch.nn.Module:
+def _load_network(folder: Path, name: str, network: Any, dtype: torch.dtype, quantized: Any = None) -> torch.nn.Module:
     """Loads one network; a tensor that the files lack would otherwise be drawn at random, with a warning."""
     fix = "Download the model again, or copy the component from the original folder."
+    options = {} if quantized is None else {"quantization_config": quantized}
     try:
         loaded, report = network.from_pretrained(
-            str(folder), subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True
+            str(folder), subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:
         raise UserError(
@@ -154,12 +226,13 @@ def freeze(pipe: DiffusionPipeline) -> None:
             component.requires_grad_(False).eval()
 
 
-def check_folder(folder: Path, class_names: Sequence[str]) -> tuple[str, dict[str, Component]]:
+def check_folder(folder: Path, class_names: Sequence[str], weights: bool = True) -> tuple[str, dict[str, Component]]:
     """Checks that a diffusers folder is complete before anything is loaded.
 
     Args:
         folder: The folder.
         class_names: Pipeline classes of which it must hold one; none for any.
+        weights: Whether the weights must be there.
 
     Returns:
         Pipeline class, and library and class of each component; (None, None) for one that the pipeline does without.
@@ -192,11 +265,11 @@ def check_folder(folder: Path, class_names: Sequence[str]) -> tuple[str, dict[st
     components = {name: (e[0], e[1]) for name, e in pairs.items() if all(isinstance(x, str | None) for x in e)}
     for name, (library, _) in components.items():
         if library is not None:
-            _check_component(folder, name)
+            _check_component(folder, name, weights)
     return found, components
 
 
-def _check_component(folder: Path, name: str) -> None:
+def _check_component(folder: Path, name: str, weights: bool) -> None:
     part = folder / name
     fix = "Download the model again, or copy the component from the original folder."
     if not part.is_dir() or not any(part.iterdir()):
@@ -204,6 +277,8 @@ def _check_component(folder: Path, name: str) -> None:
             f"The model folder {folder} lacks its component {name!r}: model_index.json lists it, {part} is "
             f"absent or empty. {fix}"
         )
+    if not weights:
+        return
     # A network has a config.json; tokenizers, schedulers and processors are configured otherwise.
     if (part / "config.json").is_file() and not any(file for pattern in _WEIGHTS for file in part.glob(pattern)):
         raise UserError(f"The component {name!r} of {folder} has no weights: {part} holds no .safetensors file. {fix}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from calibri_lightning.backbones.conditioning import Conditioning
-from calibri_lightning.backbones.native import Native, decode_kl
+from calibri_lightning.backbones.native import TYPICAL_TOKENS, Native, decode_kl
 from calibri_lightning.backbones.rescaling import rescaled
 from calibri_lightning.sampling.schedule import dynamic_shift
 
@@ -65,8 +66,20 @@ class Lumina2(Native):
             "prompt" [1, T, D], without padding.
         """
         # `encode_prompt` would put the system prompt before negative prompts too.
-        prompt, mask = self.pipeline._get_gemma_prompt_embeds([text], self.device)
+        prompt, mask = self.pipeline._get_gemma_prompt_embeds([text], self.text_device)
         return Conditioning.of_text(prompt[:, mask[0].bool()].to(self.dtype))
+
+    def text_shapes(self, num_tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` makes of one text.
+
+        Args:
+            num_tokens: Text tokens.
+
+        Returns:
+            Shape of each tensor, without the dimension that counts prompts.
+        """
+        tokens = num_tokens or TYPICAL_TOKENS
+        return {"prompt": (tokens, self.transformer.config.cap_feat_dim), "mask": (tokens,)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One forward of the transformer; Lumina 2 counts time from noise (0) to data (1) and predicts data - noise.

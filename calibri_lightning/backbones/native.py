@@ -8,15 +8,18 @@ for the forward.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from calibri_lightning.backbones.base import Backbone
+from calibri_lightning.backbones.conditioning import Conditioning
 from calibri_lightning.backbones.loading import BACKBONE_OF, DType, freeze, load_pipeline
+from calibri_lightning.backbones.memory import MemoryOptions
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.schedule import dynamic_shift, even_sigmas, shifted_sigmas
 
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 
 PIXELS_PER_DECODE = 2**22
 """Pixels that the autoencoder decodes at once: 16 pictures of 512 x 512."""
+TYPICAL_TOKENS = 128
+"""Text tokens that are taken for a prompt whose length is not known, in families that do not pad."""
+_PROBE_TOKENS = 2
+"""Text tokens of a probe, where the family lets their number vary."""
 
 
 class Native(Backbone):
@@ -48,6 +55,7 @@ class Native(Backbone):
         revision: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        memory: MemoryOptions = MemoryOptions(),  # noqa: B008 - read, never changed; jsonargparse wants it
     ) -> None:
         """Loads a pipeline.
 
@@ -57,11 +65,14 @@ class Native(Backbone):
             revision: Branch, tag or commit of a Hub repository.
             height: Height of the pictures, pixels; by default the model's own.
             width: Width of the pictures, pixels; by default the model's own.
+            memory: Where text encoders and embeddings are kept, and how the autoencoder and attention run.
 
         Raises:
-            UserError: If the model cannot be loaded, or cannot make pictures of that size.
+            UserError: If the model cannot be loaded, cannot make pictures of that size, or cannot keep to `memory`.
         """
-        self._adopt(load_pipeline(self.pipelines, pretrained, dtype, revision), height, width)
+        pipe = load_pipeline(self.pipelines, pretrained, dtype, revision, memory.quantization)
+        self._adopt(pipe, height, width)
+        self.use_memory(memory)
         self.name = pretrained
 
     @classmethod
@@ -141,6 +152,11 @@ class Native(Backbone):
         return (self.image_size[0] // self.size_multiple) * (self.image_size[1] // self.size_multiple)
 
     @property
+    def tokens_per_row(self) -> int:
+        """Length of the sequence that the transformer sees, text included."""
+        return self.num_image_tokens + self.text_shapes()["prompt"][0]
+
+    @property
     def latent_channels(self) -> int:
         """Channels of one latent."""
         return int(self.transformer.config.in_channels)
@@ -159,6 +175,11 @@ class Native(Backbone):
         """The networks that only `encode` uses."""
         encoders = (getattr(self.pipeline, name) for name in self.text_components)
         return nn.ModuleList([encoder for encoder in encoders if encoder is not None])
+
+    def drop_text_encoders(self) -> None:
+        """Removes the text encoders from the pipeline, and so from memory."""
+        for name in self.text_components:
+            setattr(self.pipeline, name, None)
 
     def schedule(self, num_steps: int) -> Tensor:
         """Evenly spaced noise levels, shifted by the pipeline's own scheduler.
@@ -217,6 +238,58 @@ class Native(Backbone):
         Returns:
             Pictures [B, 3, H, W] in -1..1, up to overshoot.
         """
+
+    @abstractmethod
+    def text_shapes(self, num_tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` makes of one text, without running it.
+
+        Args:
+            num_tokens: Text tokens, where the transformer takes any number of them; by default as many as `encode_text`
+                makes, or of a text of middling length where that depends on the text.
+
+        Returns:
+            Shape of each tensor of the conditioning, without the dimension that counts prompts; of "mask" where the
+            family has one.
+        """
+
+    def example(self, num_tokens: int | None = None) -> Conditioning:
+        """A conditioning of one row as `encode_text` makes it, of noise: for probes and estimates of memory.
+
+        Args:
+            num_tokens: As for `text_shapes`.
+
+        Returns:
+            The conditioning, on the transformer's device; always the same.
+        """
+        generator = torch.Generator().manual_seed(0)
+        shapes = self.text_shapes(num_tokens)
+        tensors = {
+            name: torch.randn((1, *shape), generator=generator).to(self.device, self.dtype)
+            for name, shape in shapes.items()
+            if name != "mask"
+        }
+        return Conditioning.of_text(tensors["prompt"]) if "mask" in shapes else Conditioning(tensors)
+
+    @torch.no_grad()
+    def probe_forward(self, num_rows: int) -> Tensor:
+        """Runs the transformer on a picture of four tokens and a text of a few, of noise.
+
+        Which sites reach the output depends on the network alone. On so small a picture a model of 12 billion
+        parameters is probed about as fast as it is loaded, on a CPU and without its text encoders.
+
+        Args:
+            num_rows: Rows of the batch, all with the same text.
+
+        Returns:
+            The output [num_rows, ...].
+        """
+        small = copy.copy(self)
+        small._constants = {}
+        sides = (min(2 * self.size_multiple, side) for side in self.image_size)
+        small.image_size = (next(sides), next(sides))
+        noise = small.noise(range(num_rows))
+        sigma = self.schedule(2)[1].to(noise).expand(num_rows)
+        return small.velocity(noise, sigma, self.example(_PROBE_TOKENS).take([0] * num_rows))
 
     def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that every forward needs, made once a device: a copy to the device in each step would wait for it.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from calibri_lightning.backbones.conditioning import Conditioning
-from calibri_lightning.backbones.native import Native
+from calibri_lightning.backbones.native import TYPICAL_TOKENS, Native
 from calibri_lightning.backbones.packing import pack, unpack
 from calibri_lightning.backbones.rescaling import rescaled
 
@@ -45,8 +46,20 @@ class QwenImage(Native):
         Returns:
             "prompt" [1, T, D], without padding.
         """
-        prompt, _ = self.pipeline.encode_prompt([text], device=self.device, max_sequence_length=_MAX_TOKENS)
+        prompt, _ = self.pipeline.encode_prompt([text], device=self.text_device, max_sequence_length=_MAX_TOKENS)
         return Conditioning.of_text(prompt.to(self.dtype))
+
+    def text_shapes(self, num_tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` makes of one text.
+
+        Args:
+            num_tokens: Text tokens.
+
+        Returns:
+            Shape of each tensor, without the dimension that counts prompts.
+        """
+        tokens = num_tokens or TYPICAL_TOKENS
+        return {"prompt": (tokens, self.transformer.config.joint_attention_dim), "mask": (tokens,)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One forward of the transformer; Qwen-Image takes the time in 0..1 and predicts noise - data.

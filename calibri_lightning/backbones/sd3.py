@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from calibri_lightning.backbones import repeated_tokens
 from calibri_lightning.backbones.conditioning import Conditioning
 from calibri_lightning.backbones.loading import DType
+from calibri_lightning.backbones.memory import MemoryOptions
 from calibri_lightning.backbones.native import Native, decode_kl
 from calibri_lightning.sampling.schedule import flow_sigmas
 
@@ -38,6 +40,7 @@ class SD3(Native):
         revision: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        memory: MemoryOptions = MemoryOptions(),  # noqa: B008 - read, never changed; jsonargparse wants it
     ) -> None:
         """Loads a pipeline.
 
@@ -47,11 +50,12 @@ class SD3(Native):
             revision: Branch, tag or commit of a Hub repository.
             height: Height of the pictures, pixels; by default the model's own.
             width: Width of the pictures, pixels; by default the model's own.
+            memory: Where text encoders and embeddings are kept, and how the autoencoder and attention run.
 
         Raises:
-            UserError: If the model cannot be loaded, or cannot make pictures of that size.
+            UserError: If the model cannot be loaded, cannot make pictures of that size, or cannot keep to `memory`.
         """
-        super().__init__(pretrained, dtype, revision, height, width)
+        super().__init__(pretrained, dtype, revision, height, width, memory)
 
     def _adopt(self, pipe: StableDiffusion3Pipeline, height: int | None, width: int | None) -> None:
         from diffusers.models.attention_processor import JointAttnProcessor2_0
@@ -87,7 +91,7 @@ class SD3(Native):
             prompt=[text],
             prompt_2=None,
             prompt_3=None,
-            device=self.device,
+            device=self.text_device,
             do_classifier_free_guidance=False,
             max_sequence_length=_T5_TOKENS,
         )
@@ -106,6 +110,19 @@ class SD3(Native):
             float32 [num_steps + 1] on the CPU, ending in 0.
         """
         return flow_sigmas(self.pipeline.scheduler, num_steps, self.num_image_tokens)
+
+    def text_shapes(self, num_tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` makes of one text.
+
+        Args:
+            num_tokens: Text tokens; without effect where silent T5 tokens run as one.
+
+        Returns:
+            Shape of each tensor, without the dimension that counts prompts.
+        """
+        config, clip_tokens = self.transformer.config, self.pipeline.tokenizer_max_length
+        tokens = clip_tokens + 1 if self._collapse else num_tokens or clip_tokens + _T5_TOKENS
+        return {"prompt": (tokens, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One forward of the transformer; SD3 takes the time as a float in 0..1000 and predicts noise - data.

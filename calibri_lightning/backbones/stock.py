@@ -7,6 +7,7 @@ are the stock pipeline's by construction, guidance formula and all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from calibri_lightning.backbones.base import Backbone
 from calibri_lightning.backbones.conditioning import Conditioning
 from calibri_lightning.backbones.loading import DType, freeze, load_pipeline
+from calibri_lightning.backbones.memory import MemoryOptions
 from calibri_lightning.backbones.stock_call import Argument, StockCall, remember_embeddings
 from calibri_lightning.backbones.stock_checks import check_arguments, check_pipeline, side
 from calibri_lightning.backbones.stock_passes import Passes, Role, find_passes, steered
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
     from calibri_lightning.calibration.attach import Attachment
     from calibri_lightning.calibration.scales import Member, MemberSpec, Rows, WeightMode
     from calibri_lightning.sampling.rollout import Samples
+
+Captured = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments of a forward."""
+
+_PROBE_SIDE = 64
+"""Pixels of a probe's picture: few tokens, and a size that nearly all pipelines take."""
+
+
+class _FirstForwardError(Exception):
+    """Ends a pipeline's call before its transformer runs."""
 
 
 class Stock(Backbone):
@@ -40,6 +52,7 @@ class Stock(Backbone):
         width: int | None = None,
         num_frames: int | None = None,
         arguments: dict[str, Argument] | None = None,
+        memory: MemoryOptions = MemoryOptions(text_encoders="keep"),  # noqa: B008 - read, never changed
     ) -> None:
         """Loads a pipeline.
 
@@ -51,11 +64,14 @@ class Stock(Backbone):
             width: Width of the pictures, pixels; by default the pipeline's own.
             num_frames: Frames of a video; by default the pipeline's own.
             arguments: Further arguments of the pipeline's call, for instance {max_sequence_length: 256}.
+            memory: How the autoencoder and attention run; text encoders are kept, and embeddings stay in memory.
 
         Raises:
-            UserError: If the model cannot be loaded or is not one that Stock can steer.
+            UserError: If the model cannot be loaded, is not one that Stock can steer, or cannot keep to `memory`.
         """
-        self._adopt(load_pipeline((), pretrained, dtype, revision), height, width, num_frames, arguments)
+        pipe = load_pipeline((), pretrained, dtype, revision, memory.quantization)
+        self._adopt(pipe, height, width, num_frames, arguments)
+        self.use_memory(memory)
         self.name = pretrained
 
     @classmethod
@@ -104,7 +120,8 @@ class Stock(Backbone):
         self.pipeline, self.transformer, self.dtype = pipe, pipe.transformer, pipe.transformer.dtype
         self._texts: list[str] = []
         self._passes: dict[float | None, Passes] = {}
-        self._captured: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._captured: Captured | None = None
+        self._captured_on: torch.device | None = None
         remember_embeddings(pipe)
 
     def modules(self) -> nn.ModuleList:
@@ -115,6 +132,22 @@ class Stock(Backbone):
     def text_encoders(self) -> nn.ModuleList:
         """None to be moved apart: a stock pipeline wants all its networks on one device."""
         return nn.ModuleList()
+
+    def use_memory(self, options: MemoryOptions) -> None:
+        """Applies what does not concern text encoders, which the pipeline keeps to itself.
+
+        Args:
+            options: The choices.
+
+        Raises:
+            UserError: If text encoders or embeddings are to be anywhere else.
+        """
+        if options.text_encoders != "keep" or options.embedding_cache is not None:
+            raise UserError(
+                f"memory.text_encoders is {options.text_encoders} and embedding_cache {options.embedding_cache}, but "
+                "Stock leaves encoding to the pipeline. Use text_encoders: keep without an embedding_cache."
+            )
+        super().use_memory(options)
 
     def check_members(self, members: MemberSpec, weight_mode: WeightMode) -> None:
         """Refuses what needs another formula than the pipeline's own.
@@ -227,7 +260,7 @@ class Stock(Backbone):
 
     @torch.no_grad()
     def probe_forward(self, num_rows: int) -> Tensor:
-        """Repeats the first forward of the pipeline's own.
+        """Repeats the first forward of the pipeline's own call, for a small picture or a single frame.
 
         Args:
             num_rows: Not used; the pipeline decides how many rows its forward has.
@@ -235,19 +268,35 @@ class Stock(Backbone):
         Returns:
             The output, a tensor of as many rows as the transformer saw.
         """
-        if self._captured is None:
-            seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-            handle = self.transformer.register_forward_pre_hook(
-                lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
-            )
+        if self._captured is None or self._captured_on != self.device:
+            self._captured_on = self.device
+            height, width = (min(side, _PROBE_SIDE) for side in self.image_size)
+            few = None if self._call.num_frames is None else 1
+            small = replace(self._call, image_size=(height, width), num_frames=few)
             try:
-                self._call.run("", "", 0, 1, None)
-            finally:
-                handle.remove()
-            self._captured = seen[0]
+                self._captured = self._first_forward(small)
+            except UserError:  # not a size that this pipeline takes
+                self._captured = self._first_forward(self._call)
         args, kwargs = self._captured
         output = self.transformer(*args, **kwargs)[0]
         return torch.stack(output) if isinstance(output, list) else output
+
+    def _first_forward(self, call: StockCall) -> Captured:
+        """What a call gives its transformer first; the transformer itself does not run."""
+        seen: list[Captured] = []
+
+        def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args, kwargs))
+            raise _FirstForwardError
+
+        handle = self.transformer.register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            call.run("", "", 0, 1, None)
+        except _FirstForwardError:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
 
     def decode(self, x: Tensor) -> Tensor:
         """Returns the pictures [B, 3, H, W] or videos [B, F, 3, H, W], which `sample` has decoded already."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from calibri_lightning.backbones.conditioning import Conditioning
-from calibri_lightning.backbones.native import Native, decode_kl
+from calibri_lightning.backbones.native import TYPICAL_TOKENS, Native, decode_kl
 from calibri_lightning.sampling.schedule import check_steps, shifted_sigmas
 
 if TYPE_CHECKING:
@@ -65,8 +66,20 @@ class ZImage(Native):
         Returns:
             "prompt" [1, T, D], without padding.
         """
-        (prompt,), _ = self.pipeline.encode_prompt([text], self.device, do_classifier_free_guidance=False)
+        (prompt,), _ = self.pipeline.encode_prompt([text], self.text_device, do_classifier_free_guidance=False)
         return Conditioning.of_text(prompt[None].to(self.dtype))
+
+    def text_shapes(self, num_tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` makes of one text.
+
+        Args:
+            num_tokens: Text tokens.
+
+        Returns:
+            Shape of each tensor, without the dimension that counts prompts.
+        """
+        tokens = num_tokens or TYPICAL_TOKENS
+        return {"prompt": (tokens, self.transformer.config.cap_feat_dim), "mask": (tokens,)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One forward of the transformer; Z-Image counts time from noise (0) to data (1) and predicts data - noise.

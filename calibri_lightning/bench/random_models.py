@@ -30,7 +30,7 @@ NEGATIVE_TOKENS = 8
 class RandomText(Native):
     """A backbone without text encoders."""
 
-    text_shapes: Mapping[str, tuple[int, ...]]
+    embedding_shapes: Mapping[str, tuple[int, ...]]
     """Shape of each tensor of a text's conditioning, without the batch dimension."""
     texts_vary: bool
     """Whether texts differ in length; "prompt" [T, ...] is that of the longest."""
@@ -45,7 +45,7 @@ class RandomText(Native):
             A conditioning of one row.
         """
         shift = zlib.crc32(text.encode())
-        tensors = {name: self._noise(name).roll(shift % shape[0], dims=1) for name, shape in self.text_shapes.items()}
+        tensors = {name: self._noise(name).roll(shift % shape[0], dims=1) for name, shape in self.embedding_shapes.items()}
         if not self.texts_vary:
             return Conditioning(tensors)
         length = tensors["prompt"].shape[1] if text else NEGATIVE_TOKENS
@@ -53,7 +53,7 @@ class RandomText(Native):
 
     def _noise(self, name: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        return self.constant(name, lambda: torch.randn(1, *self.text_shapes[name], generator=generator).to(self.dtype))
+        return self.constant(name, lambda: torch.randn(1, *self.embedding_shapes[name], generator=generator).to(self.dtype))
 
 
 class RandomSD3(RandomText, SD3):
@@ -162,7 +162,7 @@ def build_random(
     pipe = cls(**(dict.fromkeys(needed) | parts), **model.pipeline_config)
     pipe.set_progress_bar_config(disable=True)
     backbone = model.backbone.of(pipe, resolution, resolution)
-    backbone.text_shapes, backbone.texts_vary = model.text_shapes, model.texts_vary
+    backbone.embedding_shapes, backbone.texts_vary = model.text_shapes, model.texts_vary
     return backbone
 
 

@@ -92,10 +92,10 @@ def check_foldable(transformer: nn.Module, path: str) -> nn.Module:
     if weight is None:
         raise UserError(f"'{path}' has no weight to fold a scale into. Keep the hooks for this model.")
     if type(weight) is not nn.Parameter or weight.dtype not in _FOLDABLE:
+        kind = f"{type(weight).__name__} of dtype {getattr(weight, 'dtype', None)}"
         raise UserError(
-            f"The weight of '{path}' is a {type(weight).__name__} of dtype {weight.dtype}: quantised or "
-            "sharded. Folding needs whole float weights. Fold before quantising or sharding, or keep the "
-            "hooks, which work with both."
+            f"The weight of '{path}' is a {kind}: quantised or sharded. Folding needs whole float weights. Fold before "
+            "quantising or sharding, or keep the hooks, which work with both."
         )
     return module
 

@@ -3,13 +3,14 @@
 The cells of the grid are cut into units whose composition depends on the request alone. A unit is sampled,
 decoded and scored as one batch, by one rank: floating-point results change with the batch, so a fixed
 composition is what makes the rewards bit-identical however many ranks share the units
-(docs/search.md).
+(docs/search.md). While a unit is scored, the next one is sampled (`overlap`); units are finished in order.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,9 @@ from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
+from calibri_lightning.sampling.overlap import Behind
 from calibri_lightning.sampling.rollout import Samples
+from calibri_lightning.sampling.rows import check_rows
 
 if TYPE_CHECKING:
     from calibri_lightning.backbones.base import Backbone
@@ -46,6 +49,7 @@ class Evaluator:
         layout: Layout,
         rewards: RewardSet,
         rows_per_forward: int,
+        overlap_scoring: bool = True,
     ) -> None:
         """Joins a model, its scales and its rewards.
 
@@ -56,18 +60,16 @@ class Evaluator:
             rewards: What scores the pictures.
             rows_per_forward: Most rows (pictures x members) of one forward. It fixes the units, hence the
                 last bits of the rewards; where memory runs out, units are sampled in parts.
+            overlap_scoring: Whether a unit is scored in a second thread while the next is sampled; no result depends
+                on it.
 
         Raises:
             UserError: If rows_per_forward is below the number of members.
         """
         num_members = len(layout.members)
-        if rows_per_forward < num_members:
-            raise UserError(
-                f"rows_per_forward is {rows_per_forward}; one picture takes a row for each of its "
-                f"{num_members} member(s). "
-                f"Set rows_per_forward to {num_members} or more."
-            )
+        check_rows(rows_per_forward, num_members)
         self.backbone, self.attachment, self.layout, self.rewards = backbone, attachment, layout, rewards
+        self.overlap_scoring = overlap_scoring
         self.cells_per_unit = rows_per_forward // num_members
         self._most_cells = self.cells_per_unit
 
@@ -95,7 +97,7 @@ class Evaluator:
             rank: This process, 0 .. world_size - 1; it does every world_size-th unit.
             world_size: Number of processes, all of which call this with the same request.
             gather: Exchanges results; needed when world_size exceeds 1.
-            done: Called on this rank after each of its units.
+            done: Called on this rank after each of its units, before the next one is scored; in the scoring thread.
             known: Rewards of requested cells that a killed run had finished, [K, S] with NaN elsewhere. They
                 do not change the composition of the units; a unit of which all cells are known is not
                 computed again.
@@ -114,10 +116,7 @@ class Evaluator:
         grid = Grid.empty(self.rewards.names, shape)
         failure: Exception | None = None
         try:
-            for result, cost in self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size]):
-                grid.put(result, cost)
-                if done is not None:
-                    done(result)
+            self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size], grid, done)
         except Exception as error:
             # The other ranks wait in `gather`: they are told before this one stops.
             failure = error
@@ -173,12 +172,25 @@ class Evaluator:
         num_steps: int,
         units: Sequence[tuple[Cell, ...]],
         mine: Sequence[int],
-    ) -> Iterator[tuple[UnitResult, int]]:
+        grid: Grid,
+        done: Callable[[UnitResult], None] | None,
+    ) -> None:
+        """Makes and scores this rank's units, in order, into the grid."""
         rows = self._rows(thetas)
-        for index in mine:
-            images, num_forwards = self._draw(units[index], rows, prompts, seeds, num_steps)
+
+        def finish(index: int, images: Tensor, num_forwards: int) -> None:
             total, each = self._rewards(images, [prompts[cell.slot] for cell in units[index]])
-            yield UnitResult(index, len(units), units[index], total, each), num_forwards
+            result = UnitResult(index, len(units), units[index], total, each)
+            grid.put(result, num_forwards)
+            if done is not None:
+                done(result)
+
+        with Behind(self.backbone.device, self.overlap_scoring) as behind:
+            for index in mine:
+                images, num_forwards = self._draw(units[index], rows, prompts, seeds, num_steps, behind.wait)
+                behind.submit(partial(finish, index, images, num_forwards))
+                # The scoring thread alone holds the pictures, and frees them when it is done.
+                del images
 
     def _rows(self, thetas: NDArray[np.float64]) -> Rows:
         rows = self.layout.rows(torch.tensor(np.asarray(thetas, dtype=np.float64)))
@@ -202,8 +214,12 @@ class Evaluator:
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
         num_steps: int,
+        settle: Callable[[], bool] = lambda: False,
     ) -> tuple[Tensor, int]:
-        """Pictures of a unit and the forwards they took; sampled in parts once memory has run out."""
+        """Pictures of a unit and the forwards they took; sampled in parts once memory has run out.
+
+        `settle` waits for work that takes up memory at the same time, and says whether there was any.
+        """
         while True:
             parts = [unit[i : i + self._most_cells] for i in range(0, len(unit), self._most_cells)]
             try:
@@ -211,15 +227,19 @@ class Evaluator:
                 images = torch.cat([self.backbone.decode(part.latents) for part in done])
                 return images, sum(part.num_forwards for part in done)
             except torch.OutOfMemoryError as error:
-                if self._most_cells == 1:
-                    raise UserError(
-                        f"One picture of {self.backbone.image_size} pixels does not fit into the memory of "
-                        f"{self.backbone.device}. "
-                        "Choose a smaller picture, dtype bfloat16, or a larger device."
-                    ) from error
+                cause = error.with_traceback(None)
             # Outside of the handler, whose traceback would keep the failed batch alive.
-            self._most_cells = (min(self._most_cells, len(unit)) + 1) // 2
+            settled = settle()
             torch.cuda.empty_cache()
+            if settled:
+                continue  # what was scored meanwhile may have taken the memory
+            if self._most_cells == 1:
+                raise UserError(
+                    f"One picture of {self.backbone.image_size} pixels does not fit into the memory of "
+                    f"{self.backbone.device}. "
+                    "Choose a smaller picture, dtype bfloat16, or a larger device."
+                ) from cause
+            self._most_cells = (min(self._most_cells, len(unit)) + 1) // 2
             _log.warning("Out of memory: sampling %d pictures at a time from now on.", self._most_cells)
 
     def _sample(
@@ -232,7 +252,7 @@ class Evaluator:
     ) -> Samples:
         device = self.backbone.device
         slots = list(dict.fromkeys(cell.slot for cell in unit))
-        place = torch.tensor([slots.index(cell.slot) for cell in unit]).to(device)
+        place = [slots.index(cell.slot) for cell in unit]
         candidates = torch.tensor([cell.candidate for cell in unit]).to(device)
         guided = any(member.prompt == "negative" for member in self.layout.members)
         texts, negatives = [prompts[s].text for s in slots], [prompts[s].negative for s in slots]

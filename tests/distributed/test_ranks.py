@@ -15,6 +15,8 @@ import torch
 from run_files import checkpoint, column, last
 from tiny_runs import CMA, OFFICIAL, PAIRS, TinyRuns, forked, rank_environments
 
+from calibri_lightning import module
+
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
 
 DDP = ("--trainer.devices=2", "--trainer.strategy=ddp")
@@ -49,6 +51,17 @@ def test_two_ranks_deliver_the_bytes_of_one(runs: TinyRuns, tmp_path: Path, stra
     }
     for rank in (0, 1):
         assert (pair / "ledger" / f"units.rank{rank}.jsonl").stat().st_size, f"rank {rank} did work"
+
+
+def test_ranks_agree_on_automatic_rows(runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their devices would take different numbers of rows, all take the smallest."""
+    flags = ("--trainer.max_steps=2", "--data.val=null")
+    one = runs.fit("one", *flags, "--model.rows_per_forward=4")
+    rows = {"0": 6, "1": 4}
+    monkeypatch.setattr(module, "automatic_rows", lambda *_: rows[os.environ["LOCAL_RANK"]])
+    pair = two(runs, tmp_path, "fit", "two", *flags, "--model.rows_per_forward=auto")
+    assert (pair / "calibration.json").read_bytes() == (one / "calibration.json").read_bytes()
+    assert "4 rows a forward" in (tmp_path / "log").read_text()
 
 
 def test_table_and_pictures_of_two_ranks_are_those_of_one(runs: TinyRuns, tmp_path: Path) -> None:

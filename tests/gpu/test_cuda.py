@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from calibri_lightning.backbones import SD3
 from calibri_lightning.calibration import attach, build_layout, find_sites
+from calibri_lightning.planning import Situation, make_plan, sketch_pipeline
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.rows import automatic_rows, sample_once
 from calibri_lightning.shapes.captions import prompts
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
@@ -44,3 +48,48 @@ def test_scales_of_one_are_the_identity_bit_for_bit() -> None:
         plain = backbone.velocity(noise, sigma, conditioning)
         with attachment.rows(torch.ones(4, len(attachment.sites))):
             assert torch.equal(backbone.velocity(noise, sigma, conditioning), plain)
+
+
+def test_no_step_of_the_sampler_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first forward to the last step; what a unit needs is sent before."""
+    evaluator = _evaluator("cuda")
+    backbone, original = evaluator.backbone, evaluator.backbone.velocity
+    prompt = prompts("val")[0]
+    sample_once(backbone, evaluator.attachment, evaluator.layout, prompt, 4)  # constants and embeddings
+
+    def velocity(*arguments: Any) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        return original(*arguments)
+
+    monkeypatch.setattr(backbone, "velocity", velocity)
+    try:
+        sample_once(backbone, evaluator.attachment, evaluator.layout, prompt, 4)
+        assert torch.cuda.get_sync_debug_mode() == 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_scoring_on_a_stream_of_its_own_changes_no_bit() -> None:
+    chosen, seeds = prompts("val")[:6], list(range(6))
+    rewards = []
+    for overlap in (True, False):
+        evaluator = _evaluator("cuda")
+        evaluator.overlap_scoring = overlap
+        rewards.append(evaluator.evaluate(evaluator.layout.start[None].repeat(5, 0), chosen, seeds, 3).rewards)
+    assert rewards[0].tobytes() == rewards[1].tobytes()
+
+
+def test_the_plan_and_the_measured_rows_agree_with_the_device() -> None:
+    backbone = SD3("shapes")
+    backbone.to("cuda")
+    sites = find_sites(backbone.transformer)
+    layout = build_layout(sites, "gate", "cfg", 3.0, "guidance")
+    attachment, prompt = attach(backbone.transformer, sites), prompts("val")[0]
+    sketch = SD3.of(sketch_pipeline(SD3.pipelines, "shapes", "float32", None))
+    plan = make_plan(sketch, Situation(layout, 128, num_texts=1))
+    sample_once(backbone, attachment, layout, prompt, 64)  # the workspaces of the libraries stay allocated
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sample_once(backbone, attachment, layout, prompt, 64)
+    assert plan.sampling_bytes == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
+    assert automatic_rows(backbone, attachment, layout, prompt) == 128

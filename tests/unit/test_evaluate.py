@@ -250,7 +250,7 @@ def test_a_reward_of_the_wrong_length_is_named(make: Callable[..., Evaluator]) -
 
 
 def test_each_text_is_encoded_once_in_all_evaluations(make: Callable[..., Evaluator], backbone: SD3) -> None:
-    backbone._encoded.clear()
+    backbone._embeddings.known.clear()
     calls: list[int] = []
     handle = backbone.pipeline.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
     evaluator = make()
