@@ -45,7 +45,9 @@ class RandomText(Native):
             A conditioning of one row.
         """
         shift = zlib.crc32(text.encode())
-        tensors = {name: self._noise(name).roll(shift % shape[0], dims=1) for name, shape in self.embedding_shapes.items()}
+        tensors = {
+            name: self._noise(name).roll(shift % shape[0], dims=1) for name, shape in self.embedding_shapes.items()
+        }
         if not self.texts_vary:
             return Conditioning(tensors)
         length = tensors["prompt"].shape[1] if text else NEGATIVE_TOKENS
@@ -53,7 +55,9 @@ class RandomText(Native):
 
     def _noise(self, name: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        return self.constant(name, lambda: torch.randn(1, *self.embedding_shapes[name], generator=generator).to(self.dtype))
+        return self.constant(
+            name, lambda: torch.randn(1, *self.embedding_shapes[name], generator=generator).to(self.dtype)
+        )
 
 
 class RandomSD3(RandomText, SD3):
