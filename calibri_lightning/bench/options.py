@@ -79,7 +79,9 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         UserError: If an option is unknown or out of its range.
     """
-    given = _parser().parse_args(list(arguments))
+    given = _parser().parse_args(
+        list(arguments), argparse.Namespace(layers=None, resolution=None, threads=None, out=None)
+    )
     for name in ("popsize", "bucket", "steps", "rows", "repeats", "forward_repeats", "threads", "layers"):
         _check_positive(name, getattr(given, name))
     for popsize in given.popsizes:
@@ -122,9 +124,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    unset = argparse.SUPPRESS  # the help would call the default None
     add("--model", default="shapes", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)}; random but for shapes")
-    add("--layers", type=int, help="blocks of a random model (default: as released)")
-    add("--resolution", type=int, help=f"of a random model's pictures, pixels (default: {_RESOLUTION})")
+    add("--layers", type=int, default=unset, help="blocks of a random model (default: as released)")
+    add("--resolution", type=int, default=unset, help=f"of a random model's pictures, pixels (default: {_RESOLUTION})")
     add(
         "--precision",
         nargs="+",
@@ -141,9 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--forward-repeats", type=int, default=20, help="interleaved repetitions of single forwards")
     add("--order", action="store_true", help="check that 64 candidates keep their float32 order")
     add("--popsizes", type=int, nargs="+", default=[], metavar="N", help="time and memory also for these popsizes")
-    add("--threads", type=int, help="CPU threads (default: torch's own)")
+    add("--threads", type=int, default=unset, help="CPU threads (default: torch's own)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--out", type=Path, help="write the report as JSON; --popsizes are plotted beside it")
+    add("--out", type=Path, default=unset, help="write the report as JSON; --popsizes are plotted beside it")
     return parser
 
 

@@ -48,6 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except torch.OutOfMemoryError as error:
         hint = "Lower --rows, --resolution or --layers"
         print(f"error: the device's memory is full ({str(error).splitlines()[0]}). {hint}.", file=sys.stderr)

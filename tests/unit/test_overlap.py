@@ -179,18 +179,31 @@ def test_an_interrupt_in_the_reward_reaches_the_main_thread(make: Make) -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_autocast_and_inference_mode_hold_in_the_reward(make: Make, overlap: bool) -> None:
-    seen: list[tuple[bool, bool, torch.dtype]] = []
+def test_autocast_and_inference_mode_hold_behind_the_sampler(overlap: bool) -> None:
+    seen: list[tuple[bool, torch.dtype]] = []
+
+    def work() -> None:
+        seen.append((torch.is_inference_mode_enabled(), (torch.ones(2, 2) @ torch.ones(2, 2)).dtype))
+
+    with Behind(torch.device("cpu"), overlap) as behind:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            behind.submit(work)
+        behind.submit(work)
+    assert seen == [(True, torch.bfloat16), (False, torch.float32)]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_rewards_compute_in_their_own_precision(make: Make, overlap: bool) -> None:
+    seen: list[tuple[bool, torch.dtype]] = []
 
     def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         product = images.flatten(1) @ torch.ones(images[0].numel(), 1)
-        seen.append((torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), product.dtype))
-        return product[:, 0].float()
+        seen.append((torch.is_inference_mode_enabled(), product.dtype))
+        return product[:, 0]
 
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         evaluate(make(score, overlap))
-    evaluate(make(score, overlap))
-    assert seen == [(True, True, torch.bfloat16)] * UNITS + [(False, False, torch.float32)] * UNITS
+    assert seen == [(True, torch.float32)] * UNITS
 
 
 def test_memory_that_the_scoring_held_is_awaited_before_units_are_cut(
