@@ -15,32 +15,29 @@ from torch import Tensor, nn
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble
 from calibri_lightning.backbones import Backbone
-from calibri_lightning.backbones.compiling import compile_blocks
 from calibri_lightning.calibration import load_start
 from calibri_lightning.checkpoint import run_checkpoint
 from calibri_lightning.conditions import Conditions
+from calibri_lightning.engine import Engine
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.progress import GenerationStats
 from calibri_lightning.evaluation.summary import Budget
+from calibri_lightning.preflight import check_negatives, check_precision
 from calibri_lightning.prompts import Prompt, PromptBatch, fingerprint
 from calibri_lightning.report import RunReport
-from calibri_lightning.resume import KEY, describe, keep_trainable, require_same
+from calibri_lightning.resume import restore_run, save_run
 from calibri_lightning.rewards import RewardSet
-from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
-from calibri_lightning.sampling.rows import automatic_rows
 from calibri_lightning.strategies.base import Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
-from calibri_lightning.trace import Trace, stats_of
+from calibri_lightning.trace import Trace
 from calibri_lightning.validation import Validation, validate
 
-PARTS = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ()}
-"""The prompts that a stage scores, or prepares to score."""
+PARTS = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+"""The prompts that a stage needs, and fit those of the test that may follow."""
 PROMPT_PARTS = ("train", "val", "test", "predict")
 """All parts of the data."""
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Settings of trainer.precision that leave parameters as they are."""
 
 
 class CalibriModule(LightningModule):
@@ -102,22 +99,15 @@ class CalibriModule(LightningModule):
         self.trace = Trace()
         self.resumed_step: int | None = None
         self.run_dir = Path()
-        self._pace = (0, 0.0)
         self.layout, attachment = assemble(backbone, calibration)
-        self._compiled_blocks = compile
-        if compile:
-            compile_blocks(backbone.transformer)
         self.start_theta: Floats = (
             load_start(init_from, self.layout, backbone.transformer) if init_from else self.layout.start
         )
         # A parameter, for DDP wants one and broadcasts buffers; float64, for it is the answer itself.
         self.theta = nn.Parameter(torch.from_numpy(self.start_theta.copy()))
-        self._attachment, self._overlap = attachment, overlap_scoring
-        self.rows_are_automatic = rows_per_forward == "auto"
-        self.rows_per_forward: int | None = None
-        self._evaluator: Evaluator | None = None
-        if isinstance(rows_per_forward, int):
-            self._set_rows(rows_per_forward)
+        self.engine = Engine(
+            backbone, attachment, self.layout, self.rewards, rows_per_forward, compile, overlap_scoring
+        )
 
     @property
     def answer(self) -> Floats:
@@ -138,8 +128,8 @@ class CalibriModule(LightningModule):
             "num_steps": self.num_steps,
             "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
             "weight_mode": self.layout.weight_mode,
-            "pictures a unit": self._ready.cells_per_unit,
-            **({"compiled blocks": "yes"} if self._compiled_blocks else {}),
+            "pictures a unit": self.engine.evaluator.cells_per_unit,
+            **({"compiled blocks": "yes"} if self.engine.compiles else {}),
             "validation prompts": fingerprint(validation)[:12] if validation else "none",
         }
 
@@ -166,48 +156,22 @@ class CalibriModule(LightningModule):
         return self.strategy.configure_optimizers(self)
 
     def setup(self, stage: str) -> None:
-        """Finds the run's folder; refuses a precision that would cast theta, and prompts that no reward can score."""
+        """Finds the run's folder; refuses a precision that would cast theta, and prompts that cannot be served."""
         # All ranks at once: the trainer broadcasts the folder whenever it is asked for.
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        precision = self.trainer.precision
-        if precision not in PRECISIONS:
-            raise UserError(
-                f"trainer.precision is {precision}, which casts every parameter, theta included; half precision "
-                f"resolves scales near 1 no finer than 0.008. Use one of {', '.join(PRECISIONS)}, and set the "
-                "backbone's dtype to bfloat16 to halve its memory."
-            )
+        check_precision(self.trainer.precision)
         for part in PARTS[stage]:
-            self.rewards.check(self._prompts(part))
-
-    def _set_rows(self, rows: int) -> None:
-        self.rows_per_forward = rows
-        self._evaluator = Evaluator(self.backbone, self._attachment, self.layout, self.rewards, rows, self._overlap)
-
-    @property
-    def _ready(self) -> Evaluator:
-        assert self._evaluator is not None, "rows_per_forward is settled when a stage starts"
-        return self._evaluator
+            check_negatives(self.layout, part, self._prompts(part))
+            if part != "predict":
+                self.rewards.check(self._prompts(part))
 
     def _start_stage(self) -> None:
-        """Settles what a stage needs of the device, where the model is now; a checkpoint has been read."""
+        """Settles what a stage needs of the device; by now a checkpoint has been read."""
         prompts = [prompt for part in PROMPT_PARTS for prompt in self._prompts(part)]
-        guided = any(member.prompt == "negative" for member in self.layout.members)
-        self.backbone.prepare([p.text for p in prompts], [p.negative for p in prompts] if guided else [])
-        if self._evaluator is None:
-            self._settle_rows(max(prompts, key=lambda prompt: len(prompt.text), default=Prompt("", 0)))
+        self.engine.start(prompts, self.trainer.precision_plugin.forward_context, self._smallest)
 
-    def _settle_rows(self, longest: Prompt) -> None:
-        """Fixes rows_per_forward, once.
-
-        The composition of units, and so the last bits of all rewards, follow from it: all ranks take the smallest that
-        any of them found, and a resumed run takes what its checkpoint holds.
-        """
-        # As in a step of the trainer, autocast included.
-        with self.trainer.precision_plugin.forward_context():
-            found = automatic_rows(self.backbone, self._attachment, self.layout, longest)
-        if self.trainer.world_size > 1:
-            found = int(min(self._gather(np.array([float(found)])), key=float)[0])
-        self._set_rows(found)
+    def _smallest(self, number: int) -> int:
+        return int(min(part[0] for part in self._gather(np.array([float(number)]))))
 
     def on_validation_start(self) -> None:
         """Settles what a stage needs of the device."""
@@ -242,7 +206,7 @@ class CalibriModule(LightningModule):
         """Scores candidates on prompts, shared among all ranks; arguments as for `Evaluator.evaluate`."""
         trainer, started = self.trainer, time.monotonic()
         ranks = (trainer.global_rank, trainer.world_size)
-        answer = self._ready.evaluate(
+        answer = self.engine.evaluator.evaluate(
             thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self._gather, done, known
         )
         if trainer.state.fn == "fit":  # the budget is what the calibration cost; a test is none of it
@@ -265,18 +229,9 @@ class CalibriModule(LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Lets the strategy work; afterwards the budget is logged, the x-axis that all strategies share."""
-        started, images = time.monotonic(), self.budget.images
         self.strategy.training_step(self, batch)
-        self._pace = (self.budget.images - images, time.monotonic() - started)
         for name in ("images", "forwards", "device_seconds"):
             self.log(f"budget/{name}", float(getattr(self.budget, name)), batch_size=1)
-
-    def record_generation(self) -> None:
-        """Notes what the generation showed, for the progress line and the plot."""
-        report = getattr(self.strategy, "report", None)
-        if report is not None:
-            self.trace.add_generation(report)
-            self.last_generation = stats_of(report, self.reward_name, *self._pace)
 
     def on_validation_epoch_start(self) -> None:
         """Fixes the vectors of this validation."""
@@ -339,24 +294,15 @@ class CalibriModule(LightningModule):
     def pictures(self, theta: Floats, batch: PromptBatch, num_steps: int) -> Mapping[int, Tensor]:
         """Draws this rank's share of the prompts; picture [3, H, W] on the CPU by the position of its prompt."""
         ranks = (self.trainer.global_rank, self.trainer.world_size)
-        units = self._ready.images(theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks)
+        units = self.engine.evaluator.images(
+            theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks
+        )
         return {cell.slot: image for cells, images in units for cell, image in zip(cells, images.cpu(), strict=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trainable keys alone: the frozen base is not ours to copy."""
-        checkpoint["state_dict"] = keep_trainable(self, checkpoint["state_dict"])
-        checkpoint[KEY] = {
-            "describes": describe(self, self.layout, self.backbone.transformer),
-            "trace": self.trace.state(),
-            "rows_per_forward": self.rows_per_forward,
-            "budget": [self.budget.images, self.budget.forwards, self.budget.device_seconds],
-        }
+        """Keeps trainable keys alone, and the run's state."""
+        save_run(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model and these parameters, and takes the rest of its state."""
-        require_same(describe(self, self.layout, self.backbone.transformer), checkpoint)
-        self.budget, self.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
-        self.resumed_step = int(checkpoint["global_step"])
-        recorded = checkpoint[KEY].get("rows_per_forward")
-        if self.rows_are_automatic and recorded is not None:
-            self._set_rows(recorded)
+        restore_run(self, checkpoint)

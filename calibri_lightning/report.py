@@ -56,8 +56,8 @@ class RunReport:
             f"Calibrating {module.backbone.name} with {type(module.strategy).__name__}: "
             f"{layout.num_parameters} parameters ({layout.granularity} scales of {len(layout.sites)} sites x {count} "
             f"member(s), weights {layout.weight_mode}), {steps} steps = {steps * count} forwards an image, "
-            f"{module.strategy.prompts_per_step} prompts a generation, {module.rows_per_forward} rows a forward. "
-            f"Run folder: {self.folder}",
+            f"{module.strategy.prompts_per_step} prompts a generation, {module.engine.rows_per_forward} rows a "
+            f"forward. Run folder: {self.folder}",
             flush=True,
         )
 

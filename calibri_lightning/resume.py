@@ -4,15 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from calibri_lightning.calibration import Layout, SiteOptions, fingerprint, weights_digest
 from calibri_lightning.errors import UserError
+from calibri_lightning.evaluation.summary import Budget
+from calibri_lightning.trace import Trace
+
+if TYPE_CHECKING:
+    from calibri_lightning.module import CalibriModule
 
 KEY = "calibri_lightning"
 """Where our own part of a checkpoint stands."""
+
+
+def save_run(module: CalibriModule, checkpoint: dict[str, Any]) -> None:
+    """Puts a run's state into a checkpoint and takes the frozen base out, which is not ours to copy.
+
+    Args:
+        module: The module.
+        checkpoint: What Lightning has collected; changed in place.
+    """
+    checkpoint["state_dict"] = keep_trainable(module, checkpoint["state_dict"])
+    checkpoint[KEY] = {
+        "describes": describe(module, module.layout, module.backbone.transformer),
+        "trace": module.trace.state(),
+        "rows_per_forward": module.engine.rows_per_forward,
+        "budget": [module.budget.images, module.budget.forwards, module.budget.device_seconds],
+    }
+
+
+def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
+    """Takes a run's state out of a checkpoint.
+
+    Args:
+        module: The module; changed in place.
+        checkpoint: What `save_run` made.
+
+    Raises:
+        UserError: If the checkpoint is of another model or of other parameters.
+    """
+    require_same(describe(module, module.layout, module.backbone.transformer), checkpoint)
+    module.budget, module.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
+    module.resumed_step = int(checkpoint["global_step"])
+    recorded = checkpoint[KEY].get("rows_per_forward")
+    if module.engine.rows_are_automatic and recorded is not None:
+        module.engine.use_rows(recorded)
 
 
 def describe(module: nn.Module, layout: Layout, transformer: nn.Module) -> dict[str, Any]:

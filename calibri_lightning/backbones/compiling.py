@@ -36,7 +36,7 @@ def compile_blocks(transformer: nn.Module, backend: str | Callable[..., Any] = "
         UserError: If there is no compiler for what `torch.compile` writes.
     """
     if backend == "inductor":
-        _check_compiler()
+        check_compiler()
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     transformer = unwrap(transformer)
     paths = dict.fromkeys(site.block for site in find_sites(transformer))
@@ -45,8 +45,12 @@ def compile_blocks(transformer: nn.Module, backend: str | Callable[..., Any] = "
     return len(paths)
 
 
-def _check_compiler() -> None:
-    """Looks for a C++ compiler, which torch needs on any device, before a long run fails at its first forward."""
+def check_compiler() -> None:
+    """Looks for a C++ compiler, which torch needs on any device, before a long run fails at its first forward.
+
+    Raises:
+        UserError: If there is none.
+    """
     wanted = os.environ.get("CXX")
     names = (wanted,) if wanted else ("g++", "clang++", "c++", "cl")
     if not any(shutil.which(name) for name in names):

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from calibri_lightning.evaluation.progress import GenerationStats, format_progress
+from calibri_lightning.trace import stats_of
 
 
 class ProgressLine(Callback):
@@ -107,10 +108,24 @@ class ProgressLine(Callback):
 
 
 class TraceRecorder(Callback):
-    """Has the module record each generation: after the strategy told it, before a checkpoint is saved."""
+    """Records each generation and its pace: after the strategy told it, before a checkpoint is saved."""
+
+    def __init__(self) -> None:
+        self._started_at, self._images_before = 0.0, 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Notes when a generation begins.
+
+        Args:
+            trainer: The trainer.
+            pl_module: A CalibriModule.
+            batch: Unused.
+            batch_idx: Unused.
+        """
+        self._started_at, self._images_before = time.monotonic(), pl_module.budget.images
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Records the generation that just ended.
+        """Records the generation that just ended, for the progress line and the plot.
 
         Args:
             trainer: The trainer.
@@ -119,4 +134,9 @@ class TraceRecorder(Callback):
             batch: Unused.
             batch_idx: Unused.
         """
-        pl_module.record_generation()
+        report = getattr(pl_module.strategy, "report", None)
+        if report is None:
+            return
+        images, seconds = pl_module.budget.images - self._images_before, time.monotonic() - self._started_at
+        pl_module.trace.add_generation(report)
+        pl_module.last_generation = stats_of(report, pl_module.reward_name, images, seconds)

@@ -15,7 +15,7 @@ import torch
 from run_files import checkpoint, column, last
 from tiny_runs import CMA, OFFICIAL, PAIRS, TinyRuns, forked, rank_environments
 
-from calibri_lightning import module
+from calibri_lightning import engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
 
@@ -58,7 +58,7 @@ def test_ranks_agree_on_automatic_rows(runs: TinyRuns, tmp_path: Path, monkeypat
     flags = ("--trainer.max_steps=2", "--data.val=null")
     one = runs.fit("one", *flags, "--model.rows_per_forward=4")
     rows = {"0": 6, "1": 4}
-    monkeypatch.setattr(module, "automatic_rows", lambda *_: rows[os.environ["LOCAL_RANK"]])
+    monkeypatch.setattr(engine, "automatic_rows", lambda *_: rows[os.environ["LOCAL_RANK"]])
     pair = two(runs, tmp_path, "fit", "two", *flags, "--model.rows_per_forward=auto")
     assert (pair / "calibration.json").read_bytes() == (one / "calibration.json").read_bytes()
     assert "4 rows a forward" in (tmp_path / "log").read_text()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from calibri_lightning.backbones.compiling import compile_blocks
 from calibri_lightning.calibration import attach, find_sites
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.rows import sample_once
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
 KINDS = 3
@@ -39,7 +42,8 @@ def tiny() -> SD3:
 def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     """Takes the place of inductor in runs of the whole program."""
     made = CompileCounter()
-    monkeypatch.setattr("calibri_lightning.module.compile_blocks", partial(compile_blocks, backend=made))
+    monkeypatch.setattr("calibri_lightning.engine.compile_blocks", partial(compile_blocks, backend=made))
+    monkeypatch.setattr("calibri_lightning.engine.check_compiler", lambda: None)
     return made
 
 
@@ -65,15 +69,15 @@ def test_candidates_and_generations_of_a_module_share_graphs(tiny_folder: Path, 
     folder, rewards = str(tiny_folder / "model"), {"tiny_rewards:redness": 1.0}
     module = CalibriModule(SD3(folder), rewards, PairES(), rows_per_forward=8, compile=True)
     eager = CalibriModule(SD3(folder), rewards, PairES(), rows_per_forward=8)
+    module.engine.start((), nullcontext, int)
     prompts = tuple(Prompt(text, index) for index, text in enumerate(("a red circle", "a blue square")))
     draw = np.random.default_rng(0)
     assert counter.frame_count == 0
     for _ in range(3):
         thetas = eager.layout.start + 0.1 * eager.layout.stds * draw.normal(size=(4, eager.layout.num_parameters))
-        found, expected = (evaluate(m._evaluator, thetas, prompts) for m in (module, eager))
+        found, expected = (evaluate(m.engine.evaluator, thetas, prompts) for m in (module, eager))
         np.testing.assert_allclose(found, expected, rtol=1e-4)
         assert counter.frame_count == KINDS
-    assert module.judged_by == {**eager.judged_by, "compiled blocks": "yes"}, "a search resumes only with the same bits"
 
 
 def evaluate(evaluator: Evaluator, thetas: np.ndarray, prompts: tuple[Prompt, ...]) -> np.ndarray:
@@ -89,6 +93,42 @@ def test_a_fit_compiles_where_the_configuration_says_so(runs: TinyRuns, counter:
     assert counter.frame_count == 3 * KINDS
     values = [np.array(read_calibration(path / "calibration.json").values) for path in (plain, compiled)]
     np.testing.assert_allclose(values[1], values[0], atol=1e-3)
+
+
+@pytest.mark.usefixtures("no_plots", "counter")
+def test_a_search_resumes_only_with_the_same_bits(runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    path = runs.fit("a", "--model.compile=true", "--trainer.max_steps=1")
+    resume = f"--ckpt_path={path / 'checkpoints' / 'last.ckpt'}"
+    assert runs("fit", "a", "--trainer.max_steps=2", resume) == 2
+    assert "compiled blocks" in capsys.readouterr().err
+
+
+def test_rows_and_attention_back_ends_are_tried_before_anything_is_compiled(
+    tiny_folder: Path, counter: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number of rows that is tried would cost graphs that no later forward uses."""
+    tried: list[int] = []
+
+    def prepare(backbone: SD3, *texts: Any) -> None:
+        if not tried:
+            tried.append(len(backbone.probe_forward(1)))
+
+    def measure(*model: Any) -> int:
+        for pictures in (1, 3, 4):
+            sample_once(*model, pictures)
+            tried.append(2 * pictures)
+        return 8
+
+    monkeypatch.setattr("calibri_lightning.engine.automatic_rows", measure)
+    monkeypatch.setattr(SD3, "prepare", prepare)
+    module = CalibriModule(SD3(str(tiny_folder / "model")), {"tiny_rewards:redness": 1.0}, PairES(), compile=True)
+    prompts = (Prompt("a red circle", 0),)
+    for _ in range(2):  # as many stages
+        module.engine.start(prompts, nullcontext, int)
+        assert counter.frame_count == 0
+    assert tried == [1, 2, 6, 8]
+    module.engine.evaluator.evaluate(module.layout.start[None].repeat(4, 0), prompts, (1,), num_steps=2)
+    assert counter.frame_count == KINDS, "the blocks are compiled, for the rows of a unit alone"
 
 
 def test_a_missing_compiler_is_named_before_the_first_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import tiny_pipelines as tiny
 import torch
 from tiny_runs import TinyRuns
 
-from calibri_lightning import module as module_file
+from calibri_lightning import engine as engine_file
 from calibri_lightning.backbones import SD3, QwenImage, Stock
 from calibri_lightning.calibration import attach, build_layout, find_sites
 from calibri_lightning.prompts import Prompt
@@ -120,7 +120,7 @@ def test_a_resumed_run_takes_the_rows_of_its_checkpoint(runs: TinyRuns, monkeypa
     """Whatever its own device would take."""
     flags = ("--model.rows_per_forward=auto", "--data.val=null")
     found = iter((4, 4, 12))
-    monkeypatch.setattr(module_file, "automatic_rows", lambda *_: next(found))
+    monkeypatch.setattr(engine_file, "automatic_rows", lambda *_: next(found))
     whole = runs.fit("whole", *flags, "--trainer.max_steps=3")
     part = runs.fit("part", *flags, "--trainer.max_steps=1")
     checkpoint = part / "checkpoints" / "last.ckpt"

@@ -1,0 +1,49 @@
+"""What a run is refused for before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from calibri_lightning.calibration import Layout
+from calibri_lightning.errors import UserError
+from calibri_lightning.prompts import Prompt
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Settings of trainer.precision that leave parameters as they are."""
+
+
+def check_precision(precision: str) -> None:
+    """Refuses a precision that would cast theta.
+
+    Args:
+        precision: The trainer's.
+
+    Raises:
+        UserError: If it casts parameters.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision is {precision}, which casts every parameter, theta included; half precision "
+            f"resolves scales near 1 no finer than 0.008. Use one of {', '.join(PRECISIONS)}, and set the "
+            "backbone's dtype to bfloat16 to halve its memory."
+        )
+
+
+def check_negatives(layout: Layout, part: str, prompts: Sequence[Prompt]) -> None:
+    """Refuses negative prompts that no member would see.
+
+    Args:
+        layout: Says what members see.
+        part: Which prompts of the data these are: train, val, test or predict.
+        prompts: The prompts.
+
+    Raises:
+        UserError: If a prompt has a negative prompt and every member sees the prompt alone.
+    """
+    written = [prompt for prompt in prompts if prompt.negative]
+    if written and all(member.prompt == "prompt" for member in layout.members):
+        raise UserError(
+            f"data.{part} has {len(written)} negative prompts, the first of them {written[0].negative!r} (for "
+            f"{written[0].text!r}), but no member sees a negative prompt. Use calibration.members: cfg, which "
+            "guidance-distilled models such as FLUX.2-dev do not offer, or remove the negative prompts from the data."
+        )
