@@ -23,6 +23,7 @@ from calibri_lightning.backbones.memory import (
     use_attention_backend,
 )
 from calibri_lightning.errors import UserError
+from calibri_lightning.sampling.guidance import combined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,7 +47,7 @@ class Backbone(ABC):
     dtype: torch.dtype
     """Type of weights and activations; latents and velocities are float32 between forwards."""
     guides_by_first_member: ClassVar[bool] = False
-    """Whether `guide` reads the first member's velocity even where its weight is 0 (see `rescaling`)."""
+    """Whether `guide` reads the first member's velocity even where its weight is 0 (see `sampling.guidance`)."""
 
     memory: MemoryOptions
     """Where things are kept."""
@@ -260,7 +261,7 @@ class Backbone(ABC):
         Returns:
             sum over m of omega_m v_m, shaped [B, ...].
         """
-        return (velocities * weights.reshape(*weights.shape, *[1] * (velocities.dim() - 2))).sum(dim=1)
+        return combined(velocities, weights)
 
     def sample(
         self,

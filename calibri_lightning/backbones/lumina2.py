@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calibri_lightning.backbones.conditioning import Conditioning
 from calibri_lightning.backbones.native import TYPICAL_TOKENS, Native, decode_kl
-from calibri_lightning.backbones.rescaling import rescaled
+from calibri_lightning.sampling.guidance import rescaled
 from calibri_lightning.sampling.schedule import dynamic_shift
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Lumina2(Native):
     """Adapter of `Lumina2Pipeline` with the default settings of its call.
 
     The guided velocity is scaled back to the length of the prompt's, row of the latent picture by row (see
-    `rescaling`).
+    `sampling.guidance`).
     """
 
     pipelines = ("Lumina2Pipeline",)

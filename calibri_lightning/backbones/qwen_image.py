@@ -11,7 +11,7 @@ from torch import Tensor
 from calibri_lightning.backbones.conditioning import Conditioning
 from calibri_lightning.backbones.native import TYPICAL_TOKENS, Native
 from calibri_lightning.backbones.packing import pack, unpack
-from calibri_lightning.backbones.rescaling import rescaled
+from calibri_lightning.sampling.guidance import rescaled
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
@@ -24,7 +24,7 @@ class QwenImage(Native):
     """Adapter of `QwenImagePipeline`.
 
     The guidance of `members: cfg` is the stock pipeline's true_cfg_scale; the guided velocity is scaled back to the
-    length of the prompt's, token by token (see `rescaling`).
+    length of the prompt's, token by token (see `sampling.guidance`).
     """
 
     pipelines = ("QwenImagePipeline",)

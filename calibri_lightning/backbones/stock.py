@@ -20,6 +20,7 @@ from calibri_lightning.backbones.memory import MemoryOptions
 from calibri_lightning.backbones.stock_call import Argument, StockCall, remember_embeddings
 from calibri_lightning.backbones.stock_checks import check_arguments, check_pipeline, side
 from calibri_lightning.backbones.stock_passes import Passes, Role, find_passes, steered
+from calibri_lightning.calibration.conventions import convention_of
 from calibri_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -170,6 +171,18 @@ class Stock(Backbone):
                 "Use members: single."
             )
 
+    def plain_guidance(self, guidance_scale: float) -> float:
+        """Translates the pipeline's guidance scale where its formula is known; elsewhere the number stays.
+
+        Args:
+            guidance_scale: The number as users of the pipeline know it.
+
+        Returns:
+            g of u + g (c - u), with c and u the velocities of prompt and negative prompt.
+        """
+        convention = convention_of(self.pipeline)
+        return guidance_scale if convention is None else convention.plain_guidance(guidance_scale)
+
     def encode_text(self, text: str) -> Conditioning:
         """Gives a text a number; the pipeline itself encodes it, and its embeddings are remembered.
 
@@ -209,7 +222,7 @@ class Stock(Backbone):
         Args:
             attachment: The transformer's hooks.
             rows: Each picture's scales [B, M, sites]; the weights are the pipeline's.
-            members: The prompt, alone or with the negative prompt; the first weight is the guidance scale.
+            members: The prompt, alone or with the negative prompt; the first weight is plain guidance.
             prompts: B rows of `encode`.
             negatives: B rows; None without guidance.
             noise: Seeds [B].
@@ -224,7 +237,10 @@ class Stock(Backbone):
         from calibri_lightning.sampling.rollout import Samples
 
         roles: list[Role] = [member.prompt for member in members]
+        convention = convention_of(self.pipeline)
         guidance = members[0].weight if "negative" in roles else None
+        if guidance is not None and convention is not None:
+            guidance = convention.own_guidance(guidance)
         passes = self._find_passes(guidance)
         texts = [self._texts[i] for i in prompts.tensors["text"].tolist()]
         others = [self._texts[i] for i in negatives.tensors["text"].tolist()] if negatives is not None else texts

@@ -10,9 +10,9 @@ from sampling_tools import NoHooks, draw
 from calibri_lightning.assembly import CalibrationConfig, assemble
 from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Conditioning, Krea2, Lumina2, QwenImage, ZImage
 from calibri_lightning.backbones.packing import pack, unpack
-from calibri_lightning.backbones.rescaling import rescaled
 from calibri_lightning.calibration.scales import Member, Rows
 from calibri_lightning.errors import UserError
+from calibri_lightning.sampling.guidance import rescaled
 from calibri_lightning.sampling.rollout import sample
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 

@@ -231,7 +231,7 @@ def test_wrong_uses_are_refused(pipe, tmp_path: Path) -> None:
     path = save(pipe, layout, layout.start, tmp_path)
     refused(
         lambda: load_calibration(pipe.transformer, path),
-        "given a SD3Transformer2DModel.*StableDiffusion3Pipeline",
+        "given a SD3Transformer2DModel.*whole diffusers pipeline",
     )
     refused(lambda: unload_calibration(pipe), "unload_calibration was called on a pipeline without")
     refused(lambda: fuse(pipe), "fuse was called on a pipeline without a calibration")
