@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        Exit code: 0, 2 for a user's mistake, 130 when interrupted.
+        Exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when terminated.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from calibri_lightning.atomic import replacing
 from calibri_lightning.errors import UserError
@@ -158,7 +160,8 @@ class ResumeHint(Callback):
     """Knows, after a run was cut off, how to go on."""
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.exit_code: int | None = None
+        """That of a run ended by a signal: 130 for Ctrl+C, 143 for SIGTERM, as shells and schedulers know them."""
         self.text = ""
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -169,7 +172,10 @@ class ResumeHint(Callback):
             pl_module: Unused.
             exception: What ended the run.
         """
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
+        if isinstance(exception, KeyboardInterrupt):
+            self.exit_code = 128 + signal.SIGINT
+        elif isinstance(exception, SIGTERMException):
+            self.exit_code = 128 + signal.SIGTERM
         checkpoint = run_checkpoint(trainer)
         if trainer.state.fn != "fit" or not trainer.is_global_zero or checkpoint is None:
             return

@@ -226,7 +226,7 @@ def run(arguments: Sequence[str]) -> int:
         arguments: The command and its options.
 
     Returns:
-        Exit code: 0, 2 for a user's mistake, 130 when interrupted.
+        Exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when terminated.
     """
     _quieten()
     hint = ResumeHint()
@@ -247,11 +247,11 @@ def run(arguments: Sequence[str]) -> int:
         )
         hint.print()
         return 2
-    except SystemExit as stop:  # --help, the parser's errors, and Lightning's answer to Ctrl+C
-        if hint.interrupted:
+    except SystemExit as stop:  # --help, the parser's errors, and Lightning's answers to Ctrl+C and SIGTERM
+        if hint.exit_code is not None:
             print("interrupted", file=sys.stderr)
             hint.print()
-            return 130
+            return hint.exit_code
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -64,8 +64,8 @@ class PromptTicker:
             if state.get(key) != value:
                 raise UserError(
                     f"the checkpoint was made with {key}={state.get(key)}, this run has {key}={value}: a"
-                    " resumed run must draw the same prompts. Restore the prompts, data.seed and the"
-                    " strategy's batch size, or start a new run from the checkpoint's result with"
+                    " resumed run must draw the same prompts. Restore the prompts, seed_everything (or"
+                    " data.seed) and the strategy's batch size, or start a new run from the checkpoint's result with"
                     " model.init_from instead of --ckpt_path."
                 )
         self._num_begun = int(state["num_finished"])

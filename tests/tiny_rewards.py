@@ -16,6 +16,8 @@ KILL_AT = "TINY_REWARDS_KILL_AT"
 """Environment variable: the process is killed (SIGKILL) at the start of this call, counted from 1."""
 INTERRUPT_AT = "TINY_REWARDS_INTERRUPT_AT"
 """Environment variable: this call raises KeyboardInterrupt, as Ctrl+C does."""
+TERMINATE_AT = "TINY_REWARDS_TERMINATE_AT"
+"""Environment variable: this call sends the process SIGTERM, as schedulers do before they kill."""
 
 
 def redness(images: Tensor, prompts: Sequence[object]) -> Tensor:
@@ -28,6 +30,8 @@ def redness(images: Tensor, prompts: Sequence[object]) -> Tensor:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == int(os.environ.get(INTERRUPT_AT, 0)):
             raise KeyboardInterrupt
+        if number == int(os.environ.get(TERMINATE_AT, 0)):
+            os.kill(os.getpid(), signal.SIGTERM)
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 

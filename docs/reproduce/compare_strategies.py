@@ -3,7 +3,8 @@
     python docs/reproduce/compare_strategies.py --images 3072 --out runs/compare
 
 Each run is an ordinary `fit` of configs/quickstart.yaml in a process of its own with one thread; finished runs are
-kept, so an interrupted comparison goes on where it stopped. Writes OUT/strategies.csv and OUT/strategies.png.
+kept, so an interrupted comparison goes on where it stopped. Writes OUT/strategies.csv, OUT/curves.csv and
+OUT/strategies.png.
 """
 
 from __future__ import annotations
@@ -91,16 +92,19 @@ def main() -> None:
     tasks = [(key, seed) for seed in options.seeds for key in options.settings]
     with ThreadPoolExecutor(options.jobs) as pool:
         folders = list(pool.map(lambda t: run(*t, options.images, options.points, options.out, options.extra), tasks))
-    table, curves = [], {}
+    table, points, curves = [], [], {}
     for (key, seed), folder in zip(tasks, folders, strict=True):
         images, rewards, comparisons = read(folder, SETTINGS[key].images_per_generation)
         curves.setdefault(key, []).append(rewards)
         curves[f"{key} images"] = images
+        points += [[key, seed, *point] for point in zip(images, [f"{r:.4f}" for r in rewards], strict=True)]
         for c in comparisons:
             values = [f"{c['difference'][name]:.4f}" for name in ("mean", "low", "high")]
             table.append([key, seed, c["reward"], c["against"], *values])
     with (options.out / "strategies.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["setting", "seed", "reward", "against", "gain", "low", "high"], *table])
+    with (options.out / "curves.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["setting", "seed", "images", "validation"], *points])
     for key in options.settings:
         for reward, against in dict.fromkeys((row[2], row[3]) for row in table if row[0] == key):
             rows = [row for row in table if row[0] == key and row[2:4] == [reward, against]]

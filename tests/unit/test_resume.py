@@ -180,16 +180,22 @@ def test_resume_on_another_fine_tune_of_the_model_is_refused(
     assert runs("fit", "b", f"--model.init_from={path}", other) == 0, "a calibration may move to a fine-tune"
 
 
+@pytest.mark.parametrize(("variable", "code"), [(tiny_rewards.INTERRUPT_AT, 130), (tiny_rewards.TERMINATE_AT, 143)])
 def test_interrupt_says_how_to_go_on(
-    runs: TinyRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], counted: Path
+    runs: TinyRuns,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    counted: Path,
+    variable: str,
+    code: int,
 ) -> None:
     whole = runs.fit("whole", STEPS)
     counted.unlink()
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setenv(tiny_rewards.INTERRUPT_AT, "9")
-    assert runs("fit", "cut", STEPS) == 130
+    monkeypatch.setenv(variable, "9")
+    assert runs("fit", "cut", STEPS) == code
     signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
-    monkeypatch.delenv(tiny_rewards.INTERRUPT_AT)
+    monkeypatch.delenv(variable)
     cut = runs.latest("cut")
     error = capsys.readouterr().err
     assert "interrupted" in error
