@@ -66,7 +66,13 @@ class OneMessageParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         text = " ".join(message.replace("Parser key ", "").split()).rstrip(".")
-        if "Expected a dot import path" in text:
+        if '"model.rewards"' in text:
+            # What jsonargparse says of a union is a list of all that it tried; the value comes last.
+            text = (
+                f"model.rewards does not take {text.rpartition(' value: ')[2]}; each reward has a weight, or a weight "
+                "with options: {pickscore: 1.0} or {pickscore: {weight: 1.0, options: {dtype: bfloat16}}}"
+            )
+        elif "Expected a dot import path" in text:
             names = ", ".join(known.__name__ for known in SHORT_NAMES)
             text += f" (built in are {names}; others go as package.module.Class)"
         print_once(f"error: {text}. All options: {parser.prog.replace(' [options]', '')} --help")
