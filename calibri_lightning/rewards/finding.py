@@ -47,24 +47,41 @@ def find_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     Raises:
         UserError: If there is none of that name, or it does not take these options.
     """
-    given = dict(options or {})
-    found = BUILT_IN[name] if name in BUILT_IN else _import(name)
-    if isinstance(found, type):
-        _check_options(name, found, given)
-        found = found(**given)
-    elif given:
-        raise UserError(
-            f"The reward {name!r} is a {type(found).__name__} and takes no options, but has {', '.join(given)}. Leave "
-            "them out, or write a class derived from calibri_lightning.rewards.Reward."
-        )
-    if isinstance(found, Reward):
-        return found
-    if callable(found):
-        return FunctionReward(name, found)
+    found = _look_up(name, options or {})
+    made = found(**(options or {})) if isinstance(found, type) else found
+    if isinstance(made, Reward):
+        return made
+    if callable(made):
+        return FunctionReward(name, made)
     raise UserError(
-        f"The reward {name!r} is a {type(found).__name__}; it must be a Reward or a function (images, "
+        f"The reward {name!r} is a {type(made).__name__}; it must be a Reward or a function (images, "
         "prompts) -> scores."
     )
+
+
+def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuses a reward that cannot be found, without making it: cheap enough to run before any model is loaded.
+
+    Args:
+        name: A built-in name or an import path "package.module:name".
+        options: Arguments of the reward's class.
+
+    Raises:
+        UserError: If there is none of that name, or it has no such options.
+    """
+    _look_up(name, options or {})
+
+
+def _look_up(name: str, options: Mapping[str, Any]) -> Any:
+    found = BUILT_IN[name] if name in BUILT_IN else _import(name)
+    if isinstance(found, type):
+        _check_options(name, found, options)
+    elif options:
+        raise UserError(
+            f"The reward {name!r} is a {type(found).__name__} and takes no options, but has {', '.join(options)}. "
+            "Leave them out, or write a class derived from calibri_lightning.rewards.Reward."
+        )
+    return found
 
 
 def _import(name: str) -> Any:
