@@ -24,8 +24,10 @@ from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Krea2, Lumina2, QwenI
 from calibri_lightning.checkpoint import CheckpointFiles, ResumeHint, RunCheckpoint, check_exists
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
-from calibri_lightning.module import CalibriModule
+from calibri_lightning.module import PROMPT_PARTS, CalibriModule
+from calibri_lightning.prompts import check_source
 from calibri_lightning.ranks import print_once
+from calibri_lightning.rewards.finding import check_reward
 from calibri_lightning.strategies import CMAES, PairES
 
 set_parsing_settings(add_print_completion_argument=True)
@@ -66,7 +68,13 @@ class OneMessageParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         text = " ".join(message.replace("Parser key ", "").split()).rstrip(".")
-        if "Expected a dot import path" in text:
+        if '"model.rewards"' in text:
+            # What jsonargparse says of a union is a list of all that it tried; the value comes last.
+            text = (
+                f"model.rewards does not take {text.rpartition(' value: ')[2]}; each reward has a weight, or a weight "
+                "with options: {pickscore: 1.0} or {pickscore: {weight: 1.0, options: {dtype: bfloat16}}}"
+            )
+        elif "Expected a dot import path" in text:
             names = ", ".join(known.__name__ for known in SHORT_NAMES)
             text += f" (built in are {names}; others go as package.module.Class)"
         print_once(f"error: {text}. All options: {parser.prog.replace(' [options]', '')} --help")
@@ -119,7 +127,7 @@ class CalibriCLI(LightningCLI):
         """Checks what can be checked before a model is loaded.
 
         Raises:
-            UserError: If the checkpoint is not there, or the run's folder cannot be written.
+            UserError: If prompts, rewards or the checkpoint are not there, or the run's folder cannot be written.
         """
         config = self.config[self.subcommand]
         interval = config["trainer"]["val_check_interval"]
@@ -133,6 +141,11 @@ class CalibriCLI(LightningCLI):
                 "trainer.max_steps is 0, so nothing would be searched. Give the number of generations, or -1 together "
                 "with another end such as the strategy's max_images."
             )
+        for part in PROMPT_PARTS:
+            if config["data"][part] is not None:
+                check_source(config["data"][part])
+        for name, reward in config["model"]["rewards"].items():
+            check_reward(name, getattr(reward, "options", None))
         if config.get("ckpt_path"):
             check_exists(config["ckpt_path"])
         root = config["trainer"]["default_root_dir"] or "."

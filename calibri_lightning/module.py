@@ -26,7 +26,7 @@ from calibri_lightning.preflight import check_negatives, check_precision
 from calibri_lightning.prompts import Prompt, PromptBatch, fingerprint
 from calibri_lightning.report import RunReport
 from calibri_lightning.resume import restore_run, save_run
-from calibri_lightning.rewards import RewardSet
+from calibri_lightning.rewards import RewardConfig, RewardSet
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies.base import Strategy
@@ -45,7 +45,7 @@ class CalibriModule(LightningModule):
 
     Args:
         backbone: The model.
-        rewards: Weight of each reward; names are built in or import paths "package.module:name".
+        rewards: Weight of each reward, or {weight, options}; names are built in or import paths "package.module:name".
         strategy: How the scales are improved.
         calibration: What is calibrated.
         num_steps: Sampling steps in training, validation and prediction.
@@ -67,7 +67,7 @@ class CalibriModule(LightningModule):
     def __init__(
         self,
         backbone: Backbone,
-        rewards: dict[str, float],
+        rewards: dict[str, float | RewardConfig],
         strategy: Strategy,
         calibration: CalibrationConfig = DEFAULT_CALIBRATION,
         num_steps: int = 15,
@@ -124,7 +124,7 @@ class CalibriModule(LightningModule):
         """All that scores depend on besides theta, prompts and seeds; a resumed search must find it unchanged."""
         validation = self._prompts("val")
         return {
-            "rewards": ", ".join(f"{weight:g} {reward.name}" for reward, weight in self.rewards.weighted),
+            "rewards": self.rewards.recipe,
             "num_steps": self.num_steps,
             "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
             "weight_mode": self.layout.weight_mode,

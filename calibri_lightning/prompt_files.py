@@ -41,7 +41,8 @@ def read_rows(path: Path) -> list[object]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"prompts file {str(path)!r} does not exist (looked in {Path.cwd()}); give the path of an existing file."
+            f"prompts file {str(path)!r} does not exist (looked in {Path.cwd()}); give the path of an existing file. "
+            "docs/configs.md says where those of the shipped configurations come from."
         ) from None
     except OSError as error:
         raise UserError(f"prompts file {str(path)!r} cannot be read: {error.strerror}; give a readable file.") from None

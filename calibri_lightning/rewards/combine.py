@@ -1,26 +1,19 @@
-"""Several rewards as one: found by name, weighted and added."""
+"""Several rewards as one: weighted and added."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
-from calibri_lightning.rewards.base import FunctionReward, Reward, measure_checked
-from calibri_lightning.rewards.jpeg import JpegCompressibility, JpegIncompressibility
-from calibri_lightning.rewards.shapes import ShapesReward
-
-BUILT_IN: Mapping[str, type[Reward]] = {
-    reward.name: reward for reward in (ShapesReward, JpegCompressibility, JpegIncompressibility)
-}
-"""Rewards that go by a short name."""
+from calibri_lightning.rewards.base import Reward, measure_checked
+from calibri_lightning.rewards.finding import RewardConfig, find_reward
 
 
 @dataclass(frozen=True)
@@ -36,19 +29,23 @@ class Scores:
 class RewardSet:
     """A weighted sum of rewards."""
 
-    def __init__(self, rewards: Mapping[str, float]) -> None:
+    _options: tuple[Mapping[str, Any], ...]
+
+    def __init__(self, rewards: Mapping[str, float | RewardConfig]) -> None:
         """Finds rewards by name.
 
         Args:
-            rewards: Name to weight. A name is a built-in one ("shapes", "jpeg_compressibility",
-                "jpeg_incompressibility") or an import path "package.module:name" of a `Reward` class, a
-                `Reward` or a function (pictures, prompts) -> scores. Weight 0 reports a reward without
-                optimising it.
+            rewards: Name to weight, or to weight and options. A name is a built-in one ("shapes", "pickscore",
+                "jpeg_compressibility", "jpeg_incompressibility") or an import path "package.module:name" of a
+                `Reward` class, a `Reward` or a function (pictures, prompts) -> scores. Weight 0 reports a reward
+                without optimising it.
 
         Raises:
-            UserError: If a name cannot be found or the weights make no sum.
+            UserError: If a name cannot be found, a reward does not take its options, or the weights make no sum.
         """
-        self._set([(find_reward(name), weight) for name, weight in rewards.items()])
+        configs = {name: c if isinstance(c, RewardConfig) else RewardConfig(c) for name, c in rewards.items()}
+        self._set([(find_reward(name, config.options), config.weight) for name, config in configs.items()])
+        self._options = tuple(config.options for config in configs.values())
 
     @classmethod
     def of(cls, *weighted: tuple[Reward, float]) -> RewardSet:
@@ -79,6 +76,7 @@ class RewardSet:
                 "example rewards: {shapes: 1.0}."
             )
         self.weighted = tuple((reward, float(weight)) for reward, weight in weighted)
+        self._options = ({},) * len(weighted)
         self.names = tuple(name for reward, _ in weighted for name in (reward.name, *reward.extra_names))
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
@@ -93,6 +91,15 @@ class RewardSet:
         if len(parts) == 1 and parts[0][1] > 0:
             return parts[0][0]
         return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts)
+
+    @property
+    def recipe(self) -> str:
+        """All that the sum depends on, in one line: weights, names and options."""
+        parts = []
+        for (reward, weight), options in zip(self.weighted, self._options, strict=True):
+            given = ", ".join(f"{key}={value}" for key, value in sorted(options.items()))
+            parts.append(f"{weight:g} {reward.name}" + (f" ({given})" if given else ""))
+        return ", ".join(parts)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Lets every reward refuse prompts that it cannot score.
@@ -128,44 +135,3 @@ class RewardSet:
                 total = total + weight * measured[reward.name]
             each.update(measured)
         return Scores(total, each)
-
-
-def find_reward(name: str) -> Reward:
-    """Finds one reward.
-
-    Args:
-        name: A built-in name or an import path "package.module:name".
-
-    Returns:
-        The reward.
-
-    Raises:
-        UserError: If there is none of that name.
-    """
-    if name in BUILT_IN:
-        return BUILT_IN[name]()
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        close = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Check the spelling."
-        raise UserError(
-            f"There is no reward {name!r}; built in are {', '.join(BUILT_IN)}, and others go as "
-            f"'package.module:name'. {hint}"
-        )
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"The reward {name!r} cannot be imported ({error}). The module must be importable from where "
-            "you run: check the "
-            "name, or put its folder on PYTHONPATH."
-        ) from error
-    reward = found() if isinstance(found, type) else found
-    if isinstance(reward, Reward):
-        return reward
-    if callable(reward):
-        return FunctionReward(name, reward)
-    raise UserError(
-        f"The reward {name!r} is a {type(found).__name__}; it must be a Reward or a function (images, "
-        "prompts) -> scores."
-    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards.base import Reward
+from calibri_lightning.rewards.pixels import to_pixels
 
 _QUALITY = 95
 
@@ -25,9 +26,8 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     """
     from PIL import Image
 
-    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for picture in pixels:
+    for picture in to_pixels(images):
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="JPEG", quality=_QUALITY)
         sizes.append(buffer.tell() / 1000)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_clip import save_clip
 
 from calibri_lightning.backbones import SD3
 from calibri_lightning.calibration import attach, build_layout, find_sites
 from calibri_lightning.planning import Situation, make_plan, sketch_pipeline
+from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardSet
+from calibri_lightning.rewards.pickscore import PickScore
 from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.rows import automatic_rows, sample_once
 from calibri_lightning.shapes.captions import prompts
@@ -93,3 +97,14 @@ def test_the_plan_and_the_measured_rows_agree_with_the_device() -> None:
     sample_once(backbone, attachment, layout, prompt, 64)
     assert plan.sampling_bytes == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
     assert automatic_rows(backbone, attachment, layout, prompt) == 128
+
+
+def test_pickscore_scores_where_the_pictures_are(tmp_path: Path) -> None:
+    pictures = torch.rand(5, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    texts = [Prompt(text, i) for i, text in enumerate(("cat", "red dog", "cat", "a", "blue"))]
+    folder = str(save_clip(tmp_path))
+    on_cpu = PickScore(folder)(pictures, texts)
+    on_gpu = PickScore(folder)(pictures.cuda(), texts)
+    assert on_gpu.is_cuda
+    assert PickScore(folder, device="cpu")(pictures.cuda(), texts).device.type == "cpu"
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=2e-3, rtol=0)

@@ -15,7 +15,7 @@ from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import FunctionReward, Reward, RewardError, RewardSet
 from calibri_lightning.rewards.base import measure_checked
-from calibri_lightning.rewards.combine import find_reward
+from calibri_lightning.rewards.finding import RewardConfig, find_reward
 from calibri_lightning.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 
 PROMPTS = tuple(Prompt(f"prompt {i}", i) for i in range(4))
@@ -162,6 +162,44 @@ def test_rewards_are_found_by_name_and_by_import_path(module: str) -> None:
 def test_names_that_cannot_be_found_are_refused(module: str, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         RewardSet({name: 1.0})
+
+
+class Shifted(Reward):
+    name = "shifted"
+
+    def __init__(self, by: float, sign: float = 1.0) -> None:
+        self.by, self.sign = by, sign
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.sign * images.mean(dim=(1, 2, 3)) + self.by
+
+
+def test_options_reach_the_class_and_stand_in_the_recipe(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[module], "Shifted", Shifted, raising=False)
+    rewards = RewardSet(
+        {f"{module}:Shifted": RewardConfig(2.0, {"sign": -1.0, "by": 3.0}), "jpeg_compressibility": RewardConfig(0.0)}
+    )
+    torch.testing.assert_close(rewards.score(IMAGES, PROMPTS).total, 6 - 2 * IMAGES.mean(dim=(1, 2, 3)))
+    assert rewards.recipe == "2 shifted (by=3.0, sign=-1.0), 0 jpeg_compressibility"
+    assert RewardSet({"jpeg_compressibility": 0.5}).recipe == "0.5 jpeg_compressibility"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Shifted", {"by": 1.0, "sing": 1.0}, r"no option 'sing'; it has by, sign. Did you mean 'sign'\?"),
+        ("Shifted", {}, r"needs the option 'by'. Give it as my_rewards:Shifted: {weight: 1.0, options: {by: ...}}"),
+        ("Twofold", {"by": 1.0}, "no option 'by'; it has none"),
+        ("made", {"by": 1.0}, "is a Twofold and takes no options, but has by"),
+        ("mean", {"by": 1.0}, "is a function and takes no options, but has by"),
+    ],
+)
+def test_options_that_a_reward_does_not_take_are_refused(
+    module: str, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, float], message: str
+) -> None:
+    monkeypatch.setattr(sys.modules[module], "Shifted", Shifted, raising=False)
+    with pytest.raises(UserError, match=message):
+        find_reward(f"{module}:{name}", options)
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, True])
