@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from calibri_lightning.calibration.sites import find_sites, unwrap
 
-# What makes two checkpoints of one class interchangeable. A fixed list, because the defaults that diffusers
-# adds to a config from release to release must not turn an old file away; sizes of pictures do not matter
-# either.
-_ARCHITECTURE = (
-    "num_layers",
-    "num_single_layers",
+_HEADS = (
     "num_attention_heads",
     "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "patch_size",
-    "joint_attention_dim",
-    "caption_projection_dim",
-    "pooled_projection_dim",
-    "dual_attention_layers",
-    "qk_norm",
-    "guidance_embeds",
+    "num_heads",
+    "n_heads",
+    "n_kv_heads",
+    "num_kv_heads",
+    "num_key_value_heads",
+    "num_cross_attention_heads",
+    "cross_attention_head_dim",
+    "text_num_attention_heads",
+    "text_num_key_value_heads",
 )
+"""What of an architecture its weights do not show: how attention divides their columns among heads.
 
-
+A fixed list, because defaults that diffusers adds to a configuration from release to release must not turn an old file
+away; nor do sizes of pictures matter.
+"""
 _SAMPLED = 32
 """Values of each parameter that `weights_digest` looks at."""
 
@@ -43,7 +44,7 @@ class ModelFingerprint:
     num_parameters: int
     """Parameters of the transformer, LoRA not counted."""
     sites_hash: str
-    """sha256 over class, site names and sizes of the architecture."""
+    """sha256 over class, site names, shapes of all weights and division into heads."""
     name: str
     """Folder or hub id that the model came from; for people, not compared."""
 
@@ -63,13 +64,26 @@ def fingerprint(transformer: nn.Module, name: str = "") -> ModelFingerprint:
     """
     sites = [site.name for site in find_sites(transformer)]
     transformer = unwrap(transformer)
-    config = dict(getattr(transformer, "config", {}))
-    sizes = {key: config[key] for key in _ARCHITECTURE if key in config}
-    described = json.dumps([type(transformer).__name__, sites, sizes], sort_keys=True)
-    num_parameters = sum(p.numel() for key, p in transformer.named_parameters() if ".lora_" not in key)
+    config, shapes = dict(getattr(transformer, "config", {})), _shapes(transformer)
+    heads = {key: config[key] for key in _HEADS if config.get(key) is not None}
+    described = json.dumps([type(transformer).__name__, sites, heads, shapes], sort_keys=True)
+    num_parameters = sum(math.prod(shape) for shape in shapes)
     return ModelFingerprint(
         type(transformer).__name__, num_parameters, hashlib.sha256(described.encode()).hexdigest(), name
     )
+
+
+def _shapes(transformer: nn.Module) -> list[list[int]]:
+    """Shapes of all weights, those of a LoRA not counted, sorted: their names change from release to release.
+
+    Quantised weights are packed, so the shapes are those of a model without numbers, built from the configuration.
+    """
+    if getattr(transformer, "hf_quantizer", None) is not None:
+        known = inspect.signature(type(transformer).__init__).parameters
+        config: Any = transformer.config
+        with torch.device("meta"):
+            transformer = type(transformer)(**{key: value for key, value in config.items() if key in known})
+    return sorted(list(p.shape) for name, p in transformer.named_parameters() if ".lora_" not in name)
 
 
 def weights_digest(transformer: nn.Module) -> str:

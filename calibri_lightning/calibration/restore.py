@@ -28,11 +28,7 @@ def check_model(file: CalibrationFile, transformer: nn.Module) -> None:
         UserError: If it was made for another class or another size of model.
     """
     made, given = file.model, fingerprint(transformer)
-    # Packed weights of a quantised model have another parameter count than the model has.
-    packed = getattr(transformer, "hf_quantizer", None) is not None
-    same_count = packed or made.num_parameters == given.num_parameters
-    same_kind = (made.transformer_class, made.sites_hash) == (given.transformer_class, given.sites_hash)
-    if not (same_kind and same_count):
+    if replace(made, name="") != given:
         raise UserError(
             f"This calibration was made for {made.name or 'a model'} ({made.transformer_class}, "
             f"{made.num_parameters / 1e6:.4g} M parameters) and the model given is a "
