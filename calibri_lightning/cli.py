@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
@@ -19,21 +17,17 @@ from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-# Imported so that YAML may name them without a path: `class_path: PairES`.
-from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Krea2, Lumina2, QwenImage, Stock, ZImage
 from calibri_lightning.checkpoint import CheckpointFiles, ResumeHint, RunCheckpoint, check_exists
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
 from calibri_lightning.module import PROMPT_PARTS, CalibriModule
+from calibri_lightning.parser import OneMessageParser
 from calibri_lightning.prompts import check_source
+from calibri_lightning.quiet import quieten
 from calibri_lightning.ranks import print_once
 from calibri_lightning.rewards.finding import check_reward
-from calibri_lightning.strategies import CMAES, PairES
 
 set_parsing_settings(add_print_completion_argument=True)
-
-SHORT_NAMES = (SD3, FLUX1, FLUX2, QwenImage, ZImage, Lumina2, Krea2, Stock, PairES, CMAES)
-"""Classes that a configuration may name without their module."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # Steps are generations: nothing happens at an epoch's end, for there is one endless epoch.
@@ -49,36 +43,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "default_root_dir": "runs",
 }
-
-
-class OneMessageParser(LightningArgumentParser):
-    """Says what is wrong in one line, without the hundred options of the usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the message and exits with code 2.
-
-        Args:
-            message: What is wrong.
-            ex: The cause.
-
-        Raises:
-            ArgumentError: Where the caller wants exceptions, as jsonargparse itself does inside.
-        """
-        if not self.exit_on_error:
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        text = " ".join(message.replace("Parser key ", "").split()).rstrip(".")
-        if '"model.rewards"' in text:
-            # What jsonargparse says of a union is a list of all that it tried; the value comes last.
-            text = (
-                f"model.rewards does not take {text.rpartition(' value: ')[2]}; each reward has a weight, or a weight "
-                "with options: {pickscore: 1.0} or {pickscore: {weight: 1.0, options: {dtype: bfloat16}}}"
-            )
-        elif "Expected a dot import path" in text:
-            names = ", ".join(known.__name__ for known in SHORT_NAMES)
-            text += f" (built in are {names}; others go as package.module.Class)"
-        print_once(f"error: {text}. All options: {parser.prog.replace(' [options]', '')} --help")
-        self.exit(2)
 
 
 class RunConfig(SaveConfigCallback):
@@ -228,7 +192,7 @@ def parse_fit(arguments: Sequence[str]) -> dict[str, Any]:
     Returns:
         All settings by name, nested; classes as class_path and init_args.
     """
-    _quieten()
+    quieten()
     return dict(_start(["fit", *arguments], ResumeHint(), _ParsingCLI).config["fit"].as_dict())
 
 
@@ -241,7 +205,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         Exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when terminated.
     """
-    _quieten()
+    quieten()
     hint = ResumeHint()
     try:
         _start(arguments, hint)
@@ -305,34 +269,3 @@ def _check_writable(folder: Path) -> None:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _quieten() -> None:
-    """Silences what says nothing to a user of this program; warnings about his own settings stay."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*LightningCLI's args parameter is intended to run from within Python.*",
-        # A run without validation prompts.
-        ".*Total length of `list` across ranks is zero.*",
-        # Lightning 2.6.6 on torch 2.13, in each broadcast, reduction and gathering.
-        r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
-        ".*torch.distributed.nn.functional.all_gather is deprecated.*",
-        # All ranks log the same numbers already.
-        ".*It is recommended to use `self.log.* sync_dist=True.*",
-        # The four below describe this design: no optimiser, a frozen model, the state after a generation, and a
-        # strategy that is a callback of the module.
-        ".*`LightningModule.configure_optimizers` returned `None`.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",
-        ".*Using ModelCheckpoint with manual optimization.*",
-        ".*Be aware that when using `ckpt_path`.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)

@@ -23,6 +23,7 @@ from calibri_lightning.bench.report import Report
 from calibri_lightning.bench.roofline import Roof, flops_per_row, measure_peaks
 from calibri_lightning.bench.workbench import Workbench
 from calibri_lightning.errors import UserError
+from calibri_lightning.quiet import hide_progress_bars
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         options = parse(arguments)
-        _quieten()
+        hide_progress_bars()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         report = measure(options, shlex.join(["calibri_lightning", "bench", *arguments]))
@@ -96,15 +97,6 @@ def measure(options: Options, command: str) -> Report:
         order=check_order(bench, options.settings) if options.order else (),
         growth=measure_growth(bench, first, options.popsizes, options.repeats) if options.popsizes else (),
     )
-
-
-def _quieten() -> None:
-    """Leaves the terminal to the report."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _describe_machine(device: torch.device) -> str:

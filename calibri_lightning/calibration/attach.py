@@ -149,12 +149,17 @@ def attach(transformer: nn.Module, sites: tuple[Site, ...]) -> Attachment:
     return Attachment(transformer, tuple(sites))
 
 
+PROBE_FACTORS = (3.0, 300.0)
+"""What the probe multiplies a site by; the second one only where the first changed nothing."""
+
+
 @torch.no_grad()
 def probe(attachment: Attachment, forward: Callable[[], Tensor]) -> tuple[Site, ...]:
-    """Finds sites that do nothing: x3 on a site must change the output, be it by one bit.
+    """Finds sites that do nothing: x3 on a site must change the output, be it by one bit, or else x300.
 
-    Each row of the batch tries another site, so the transformer runs once for every B sites. Drop what is
-    found, then attach the remaining sites afresh.
+    Each row of the batch tries another site, so the transformer runs once for every B sites, and once more for those
+    whose x3 changed nothing: bfloat16 rounds away what a small site adds to a large sum. Drop what is found, then
+    attach the remaining sites afresh.
 
     Args:
         attachment: The hooks to probe; their rows are unset afterwards.
@@ -177,15 +182,17 @@ def probe(attachment: Attachment, forward: Callable[[], Tensor]) -> tuple[Site, 
             "The untouched transformer returned NaN or infinity, so no site can be probed. Check the "
             "checkpoint and the dtype (float16 overflows in many transformers; use bfloat16 or float32)."
         )
-    dead: list[Site] = []
-    for first in range(0, num_sites, batch):
-        tried = range(first, min(first + batch, num_sites))
-        scales = ones.clone()
-        scales[range(len(tried)), tried] = 3.0
-        with attachment.rows(scales):
-            output = forward()
-        dead += [attachment.sites[site] for row, site in enumerate(tried) if torch.equal(output[row], untouched[row])]
-    return tuple(dead)
+    silent = list(range(num_sites))
+    for factor in PROBE_FACTORS:
+        tried, silent = silent, []
+        for first in range(0, len(tried), batch):
+            some = tried[first : first + batch]
+            scales = ones.clone()
+            scales[range(len(some)), some] = factor
+            with attachment.rows(scales):
+                output = forward()
+            silent += [site for row, site in enumerate(some) if torch.equal(output[row], untouched[row])]
+    return tuple(attachment.sites[site] for site in silent)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline")
 
 _LOADED = "_calibri_loaded"
+_FUSED = "_calibri_fused"
 
 
 def load_calibration(pipe: Pipeline, path: str | Path) -> Pipeline:
@@ -37,8 +38,8 @@ def load_calibration(pipe: Pipeline, path: str | Path) -> Pipeline:
         The same pipeline.
 
     Raises:
-        UserError: If the pipeline has no single transformer, cannot run the members or is calibrated already, or the
-            file is bad or of another model.
+        UserError: If the pipeline has no single transformer, cannot run the members or is calibrated already (with
+            hooks or fused), or the file is bad or of another model.
     """
     if getattr(pipe, "transformer", None) is None or getattr(pipe, "transformer_2", None) is not None:
         raise UserError(
@@ -48,6 +49,11 @@ def load_calibration(pipe: Pipeline, path: str | Path) -> Pipeline:
     if hasattr(pipe, _LOADED):
         raise UserError(
             "This pipeline has a calibration already. One acts at a time: call unload_calibration(pipe) first."
+        )
+    if hasattr(pipe, _FUSED):
+        raise UserError(
+            "This pipeline's weights hold a fused calibration; the scales of a second one would multiply with its. "
+            "Load the model anew with from_pretrained."
         )
     file = read_calibration(path)
     layout = layout_for(file, pipe.transformer)
@@ -75,8 +81,8 @@ def unload_calibration(pipe: Pipeline) -> Pipeline:
 def fuse(pipe: Pipeline) -> Pipeline:
     """Folds a loaded single-member calibration into the weights and removes the hooks.
 
-    Inference then costs nothing extra. The result is an ordinary pipeline (`save_pretrained` works) that no
-    longer knows that it is calibrated.
+    Inference then costs nothing extra. It is for good: the result is an ordinary pipeline (`save_pretrained` works)
+    whose original weights are gone.
 
     Args:
         pipe: The calibrated pipeline.
@@ -107,12 +113,18 @@ def fuse(pipe: Pipeline) -> Pipeline:
     fold(pipe.transformer, loaded.layout.sites, loaded.scales[0])
     for linear in last:
         scale_rows(linear, weight)
+    setattr(pipe, _FUSED, True)
     return unload_calibration(pipe)
 
 
 def _loaded(pipe: DiffusionPipeline, caller: str) -> Loaded:
     loaded = getattr(pipe, _LOADED, None)
     if not isinstance(loaded, Loaded):
+        if hasattr(pipe, _FUSED):
+            raise UserError(
+                f"{caller} was called on a pipeline whose calibration is fused into its weights, for good. Load "
+                "the model anew with from_pretrained."
+            )
         raise UserError(
             f"{caller} was called on a pipeline without a calibration. Call load_calibration(pipe, path) first."
         )

@@ -194,6 +194,9 @@ def test_fused_equals_hooked_and_survives_saving(pipe, tmp_path: Path, guidance:
     fused = stock(pipe, guidance)
     assert ((fused - hooked).norm() / hooked.norm()).item() < 1e-5
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
+    again = save(pipe, layout, perturbed(layout), tmp_path)
+    refused(lambda: load_calibration(pipe, again), "hold a fused calibration.*from_pretrained")
+    refused(lambda: unload_calibration(pipe), "fused into its weights, for good")
     pipe.save_pretrained(tmp_path / "fused")
     loaded = StableDiffusion3Pipeline.from_pretrained(
         tmp_path / "fused", text_encoder_3=None, tokenizer_3=None, local_files_only=True

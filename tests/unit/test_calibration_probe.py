@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from calibration_models import MODELS, hooked, inputs, run, tiny_sd3
@@ -36,6 +38,22 @@ def test_the_probe_finds_exactly_the_dead_sites(batch: int) -> None:
     attachment.detach()
     attachment = hooked(model)
     assert set(probe(attachment, lambda: run(model, arguments)[:, :, :0])) == set(attachment.sites)
+
+
+def test_the_probe_finds_a_small_site_that_rounding_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_sd3()
+    small = model.transformer_blocks[0].ff_context.net[2]
+    small.weight.mul_(1e-3)
+    small.bias.mul_(1e-3)
+    arguments = inputs(model, 2)
+
+    def coarse() -> torch.Tensor:
+        return run(model, arguments).mul(500).round()
+
+    attachment = hooked(model)
+    assert probe(attachment, coarse) == ()
+    monkeypatch.setattr(sys.modules["calibri_lightning.calibration.attach"], "PROBE_FACTORS", (3.0,))
+    assert [site.name for site in probe(attachment, coarse)] == ["transformer_blocks.0.mlp.text"]
 
 
 def test_the_probe_refuses_a_model_that_returns_nan() -> None:
