@@ -98,6 +98,7 @@ class Engine:
         """
         negatives = [prompt.negative for prompt in prompts] if self.guided else []
         self.backbone.prepare([prompt.text for prompt in prompts], negatives)
+        self._rewards.prepare(self.backbone.device)
         if self._evaluator is None:
             longest = max(prompts, key=lambda prompt: len(prompt.text), default=Prompt("", 0))
             with forward_context():

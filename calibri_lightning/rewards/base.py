@@ -56,6 +56,13 @@ class Reward(ABC):
             UserError: If one cannot be scored; the message names it.
         """
 
+    def prepare(self, device: torch.device) -> None:  # noqa: B027 - a reward need not have a model
+        """Moves its model to where it will score, so that what is measured of the device's memory afterwards is right.
+
+        Args:
+            device: Where pictures will be.
+        """
+
     def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """Scores pictures, with the extra metrics; override it together with `extra_names`.
 

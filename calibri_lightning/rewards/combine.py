@@ -113,6 +113,15 @@ class RewardSet:
         for reward, _ in self.weighted:
             reward.check(prompts)
 
+    def prepare(self, device: torch.device) -> None:
+        """Lets every reward move its model.
+
+        Args:
+            device: Where pictures will be.
+        """
+        for reward, _ in self.weighted:
+            reward.prepare(device)
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Scores pictures.
 

@@ -119,6 +119,14 @@ class PickScore(Reward):
                 cut[0],
             )
 
+    def prepare(self, device: torch.device) -> None:
+        """Moves the model to its device.
+
+        Args:
+            device: Where pictures will be.
+        """
+        self._scorer.model.to(self._device or device)
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores pictures.
 

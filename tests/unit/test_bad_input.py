@@ -135,6 +135,58 @@ def test_prediction_without_prompts(runs: TinyRuns, capsys: Capture) -> None:
     assert "data.predict_prompts" in refused(runs, capsys, command="predict")
 
 
+@pytest.mark.parametrize(
+    ("command", "part"), [("fit", "train"), ("fit", "test"), ("test", "test"), ("predict", "predict")]
+)
+def test_negative_prompts_that_no_member_sees(
+    runs: TinyRuns, tmp_path: Path, capsys: Capture, command: str, part: str
+) -> None:
+    """They would be ignored in silence; guidance-distilled models have no pass for them."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a pink circle"}\n{"prompt": "a pink square", "negative": "blurry"}\n')
+    single = ("--model.calibration.members=single", "--model.calibration.weight_mode=fixed", f"--data.{part}={path}")
+    message = refused(runs, capsys, *single, command=command)
+    for word in (f"data.{part} has 1 negative prompts", "'blurry'", "'a pink square'", "members: cfg", "remove"):
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("backbone", "side", "size", "nearest"),
+    [("SD3", "height", 30, 16), ("SD3", "width", 0, 8), ("SD3", "width", 9000, 16), ("Stock", "height", 30, 32)],
+)
+def test_sizes_that_the_autoencoder_cannot_take(
+    runs: TinyRuns, capsys: Capture, backbone: str, side: str, size: int, nearest: int
+) -> None:
+    message = refused(runs, capsys, *_backbone(runs, backbone, f"--model.backbone.{side}={size}"))
+    assert f"{side} is {size}; this model makes pictures whose sides are multiples of" in message
+    assert message.endswith(f"Set {side} to {nearest}.")
+
+
+@pytest.mark.parametrize("backbone", ["SD3", "Stock"])
+def test_a_model_without_a_flow_matching_scheduler(
+    runs: TinyRuns, tmp_path: Path, capsys: Capture, backbone: str
+) -> None:
+    from diffusers import DDIMScheduler
+
+    shutil.copytree(runs.config.parent / "model", tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "scheduler")
+    DDIMScheduler().save_pretrained(tmp_path / "model" / "scheduler")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace("FlowMatchEulerDiscreteScheduler", "DDIMScheduler"))
+    message = refused(runs, capsys, *_backbone(runs, backbone, f"--model.backbone.pretrained={tmp_path / 'model'}"))
+    assert "scheduler is DDIMScheduler" in message
+    assert "FlowMatchEulerDiscreteScheduler" in message
+
+
+def _backbone(runs: TinyRuns, name: str, *flags: str) -> tuple[str, ...]:
+    """Flags for another backbone of the same model."""
+    if name == "SD3":
+        return flags
+    folder = runs.config.parent / "model"
+    own = ("--model.backbone=Stock", f"--model.backbone.pretrained={folder}", "--model.backbone.dtype=float32")
+    return (*own, *flags, "--model.calibration.weight_mode=fixed")
+
+
 @pytest.mark.parametrize("component", ["vae", "text_encoder_2", "tokenizer", "scheduler"])
 def test_model_folder_without_a_component(
     runs: TinyRuns, tiny_folder: Path, tmp_path: Path, capsys: Capture, component: str

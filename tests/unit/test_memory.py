@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -19,7 +20,18 @@ from calibri_lightning.backbones import FLUX1, FLUX2, SD3, QwenImage, Stock
 from calibri_lightning.backbones.conditioning import Conditioning
 from calibri_lightning.backbones.memory import MemoryOptions
 from calibri_lightning.backbones.native import Native
-from calibri_lightning.calibration import attach, find_sites, fold
+from calibri_lightning.calibration import (
+    CalibrationFile,
+    attach,
+    build_layout,
+    find_sites,
+    fingerprint,
+    fold,
+    fuse,
+    load_calibration,
+    unload_calibration,
+    write_calibration,
+)
 from calibri_lightning.errors import UserError
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
@@ -369,6 +381,27 @@ def test_scales_act_on_a_quantised_model_and_cannot_be_folded_into_it() -> None:
         with pytest.raises(UserError, match="quantised or sharded.*keep the hooks"):
             fold(backbone.transformer, sites, scales[1])
         assert all(torch.equal(a, b) for a, b in zip(before, backbone.transformer.parameters(), strict=True))
+
+
+def test_a_calibration_on_a_quantised_pipeline_cannot_be_fused_and_keeps_its_hooks(tmp_path: Path) -> None:
+    plain, backbone = make(), make()
+    layout = build_layout(find_sites(plain.transformer), "gate", "single", 1.0, "fixed")
+    values = tuple(np.linspace(0.5, 1.5, layout.num_parameters).tolist())
+    made = (layout.names, values, "gate", layout.members, "fixed", fingerprint(plain.transformer))
+    write_calibration(tmp_path / "calibration.json", CalibrationFile(*made))
+    quantised(backbone)
+    backbone.transformer.hf_quantizer = object()  # as diffusers marks a quantised model
+    pipe = load_calibration(backbone.pipeline, tmp_path / "calibration.json")
+
+    def draw() -> torch.Tensor:
+        size = {"height": 16, "width": 16, "generator": torch.Generator().manual_seed(1)}
+        return pipe(TEXTS[0], num_inference_steps=2, output_type="latent", **size).images
+
+    before = draw()
+    with pytest.raises(UserError, match="quantised or sharded.*keep the hooks"):
+        fuse(pipe)
+    assert torch.equal(draw(), before)
+    assert not torch.equal(unload_calibration(pipe) and draw(), before)
 
 
 def test_layers_whose_weight_is_a_method_are_refused_as_quantised() -> None:

@@ -99,6 +99,15 @@ def test_bfloat16_and_inference_mode(folder: Path) -> None:
     assert not RewardSet.of((reward, 1.0)).score(IMAGES, PROMPTS).total.is_inference()
 
 
+def test_prepared_rewards_have_their_model_on_the_device_of_the_pictures(folder: Path) -> None:
+    rewards = RewardSet({"pickscore": RewardConfig(1.0, {"pretrained": str(folder)})})
+    elsewhere = RewardSet({"pickscore": RewardConfig(1.0, {"pretrained": str(folder), "device": "cpu"})})
+    for made in (rewards, elsewhere):
+        made.prepare(torch.device("meta"))
+    devices = [next(made.weighted[0][0]._scorer.model.parameters()).device.type for made in (rewards, elsewhere)]
+    assert devices == ["meta", "cpu"]
+
+
 def test_nothing_is_loaded_before_prompts_are_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import CLIPModel
 
