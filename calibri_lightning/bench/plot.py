@@ -12,8 +12,8 @@ from calibri_lightning.evaluation.figure import BLUE, DPI, FAINT, GRID, ORANGE, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _HEIGHT = 7.0, 3.2
-_SECONDS, _MEMORY = (0.09, 0.15, 0.38, 0.62), (0.59, 0.15, 0.38, 0.62)
+_WIDTH, _HEIGHT = 7.0, 3.4
+_SECONDS, _MEMORY = (0.09, 0.14, 0.38, 0.57), (0.59, 0.14, 0.38, 0.57)
 """Left, bottom, width and height of the axes, as shares of the figure."""
 
 
@@ -24,7 +24,7 @@ def plot_growth(path: Path, points: Sequence[GrowthPoint], title: str, subtitle:
         path: The PNG to write.
         points: Generations, by rising size.
         title: Heading.
-        subtitle: What was measured, and where.
+        subtitle: What was measured, and where; two lines at most.
     """
     from matplotlib.figure import Figure
 

@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         if options.out is not None:
             report.write(options.out)
             if report.growth:
-                subtitle = f"{report.model}; {report.machine}"
+                subtitle = f"{report.model}\n{report.machine}"
                 plot_growth(options.out.with_suffix(".png"), report.growth, "A generation over its size", subtitle)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
