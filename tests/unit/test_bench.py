@@ -278,7 +278,7 @@ def test_command_prints_a_table_and_writes_json_and_a_plot(
     assert all(len(point["timing"]["seconds"]) == 2 for point in report["growth"])
     for share in ("scoring_share", "decoding_share", "encoding_share", "forward_peak_share"):
         assert report[share] > 0
-    assert Image.open(out.with_suffix(".png")).size == (1050, 480)
+    assert Image.open(out.with_suffix(".png")).size == (1050, 510)
     printed = capsys.readouterr().out
     for words in (*names, "images/s", "roofline", "attached", "folded", "Spearman", "popsize    4", "7 sites"):
         assert words in printed
