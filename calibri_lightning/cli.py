@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
@@ -21,7 +21,7 @@ from calibri_lightning.checkpoint import CheckpointFiles, ResumeHint, RunCheckpo
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
 from calibri_lightning.module import PROMPT_PARTS, CalibriModule
-from calibri_lightning.parser import OneMessageParser
+from calibri_lightning.naming import explain
 from calibri_lightning.prompts import check_source
 from calibri_lightning.quiet import quieten
 from calibri_lightning.ranks import print_once
@@ -43,6 +43,26 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "default_root_dir": "runs",
 }
+
+
+class OneMessageParser(LightningArgumentParser):
+    """Says what is wrong in one line, without the hundred options of the usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message and exits with code 2.
+
+        Args:
+            message: What is wrong.
+            ex: The cause.
+
+        Raises:
+            ArgumentError: Where the caller wants exceptions, as jsonargparse itself does inside.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        print_once(f"error: {explain(message)}. All options: {parser.prog.replace(' [options]', '')} --help")
+        self.exit(2)
 
 
 class RunConfig(SaveConfigCallback):

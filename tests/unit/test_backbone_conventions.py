@@ -256,7 +256,7 @@ def test_every_backbone_can_be_configured_by_its_short_name() -> None:
 
     import calibri_lightning
     from calibri_lightning.backbones import Backbone
-    from calibri_lightning.parser import SHORT_NAMES
+    from calibri_lightning.naming import SHORT_NAMES
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--backbone", type=Backbone)

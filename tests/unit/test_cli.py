@@ -17,6 +17,10 @@ from calibri_lightning.__main__ import COMMANDS, main
 from calibri_lightning.cli import CalibriCLI
 
 
+BUILT_IN_REWARD = '--model.rewards={"jpeg_compressibility": 1.0}'
+"""For processes of their own, which do not find the tests' modules."""
+
+
 def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=550, check=False
@@ -140,7 +144,9 @@ def test_completion_script_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_exit_code_and_message_of_a_real_process(runs: TinyRuns) -> None:
-    answer = python("-m", "calibri_lightning", *runs.arguments("fit", "a", "--model.strategy.num_pairs=0"))
+    answer = python(
+        "-m", "calibri_lightning", *runs.arguments("fit", "a", "--model.strategy.num_pairs=0", BUILT_IN_REWARD)
+    )
     assert answer.returncode == 2
     assert "num_pairs is 0" in answer.stderr
     assert "Traceback" not in answer.stderr
