@@ -16,7 +16,6 @@ from calibri_lightning import read_calibration
 from calibri_lightning.__main__ import COMMANDS, main
 from calibri_lightning.cli import CalibriCLI
 
-
 BUILT_IN_REWARD = '--model.rewards={"jpeg_compressibility": 1.0}'
 """For processes of their own, which do not find the tests' modules."""
 
