@@ -128,7 +128,7 @@ class CalibriModule(LightningModule):
             "num_steps": self.num_steps,
             "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
             "weight_mode": self.layout.weight_mode,
-            "pictures a unit": self.engine.evaluator.cells_per_unit,
+            "pictures a unit (model.rows_per_forward)": self.engine.evaluator.cells_per_unit,
             **({"compiled blocks": "yes"} if self.engine.compiles else {}),
             "validation prompts": fingerprint(validation)[:12] if validation else "none",
         }

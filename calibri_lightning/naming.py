@@ -25,6 +25,8 @@ def explain(message: str) -> str:
             f"model.rewards does not take {text.rpartition(' value: ')[2]}; each reward has a weight, or a weight "
             "with options: {pickscore: 1.0} or {pickscore: {weight: 1.0, options: {dtype: bfloat16}}}"
         )
+    if '"model.rows_per_forward"' in text:
+        return f"model.rows_per_forward does not take {text.rpartition(' value: ')[2]}; it is a whole number, or auto"
     if "Expected a dot import path" in text:
         names = ", ".join(known.__name__ for known in SHORT_NAMES)
         return f"{text} (built in are {names}; others go as package.module.Class)"

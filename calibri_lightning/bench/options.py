@@ -10,7 +10,7 @@ from typing import Literal, NoReturn
 
 import torch
 
-from calibri_lightning.bench.models import MODELS, members_of
+from calibri_lightning.bench.models import MODELS, RANDOM_MODELS, members_of
 from calibri_lightning.bench.precision import PRECISIONS, Precision, Setting
 from calibri_lightning.errors import UserError
 
@@ -95,6 +95,11 @@ def parse(arguments: Sequence[str]) -> Options:
             f"--order compares with float32, but --precision is {' '.join(given.precision)}. Name float32, too, or "
             "leave --order out."
         )
+    if given.order and len(set(given.precision)) == 1 and not given.compile:
+        raise UserError(
+            "--order compares other ways of computing with eager float32, and there is none. Add --compile or another "
+            "--precision, or leave --order out."
+        )
     if given.out is not None and not given.out.parent.is_dir():
         raise UserError(f"--out is {given.out}; the folder {given.out.parent} does not exist. Make it first.")
     return Options(
@@ -159,6 +164,9 @@ def _check_model(model: str, layers: int | None, resolution: int | None) -> None
     if model == "shapes" and (layers is not None or resolution is not None):
         given = "--layers" if layers is not None else "--resolution"
         raise UserError(f"{given} is for random models; shapes is trained as it is. Leave it out.")
+    released = None if model == "shapes" else sum(RANDOM_MODELS[model].blocks.values())
+    if layers is not None and released is not None and layers > released:
+        raise UserError(f"--layers is {layers}; {model} has {released} blocks, of which a slice is taken.")
     if resolution is not None and (resolution < _MULTIPLE or resolution % _MULTIPLE):
         nearest = max(round(resolution / _MULTIPLE), 1) * _MULTIPLE
         raise UserError(f"--resolution is {resolution}; it must be a multiple of {_MULTIPLE}, such as {nearest}.")

@@ -50,7 +50,7 @@ def verdict(summary: Summary) -> str:
     """
     return (
         " ".join(_sentences(summary))
-        or f"Nothing to compare: only {' and '.join(c.name for c in summary.conditions)} were scored."
+        or f"Nothing to compare: only {' and '.join(c.name for c in summary.conditions)} to go by."
     )
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _T5_NORM = "encoder.final_layer_norm.weight"
 """The one tensor whose values decide how SD3 is run: zero where its T5 encoder is silent."""
 
+_LARGE_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.png", "*.jpg")
+"""What a plan does not read of a model on the Hub."""
+
 
 def sketch_pipeline(
     class_names: Sequence[str], pretrained: str, dtype: DType, revision: str | None
@@ -63,7 +66,8 @@ def _cached(pretrained: str, revision: str | None) -> Path:
     if not isinstance(found, str):
         raise UserError(
             f"The model {pretrained!r} is not in the local cache, and a plan downloads nothing. Its small files are "
-            f"enough: hf download {pretrained} --exclude '*.safetensors' '*.bin' '*.gguf' '*.png' '*.jpg'."
+            # One --exclude takes one pattern.
+            f"enough: hf download {pretrained} {' '.join(f'--exclude {pattern!r}' for pattern in _LARGE_FILES)}."
         )
     return Path(found).parent
 

@@ -297,6 +297,8 @@ def test_command_prints_a_table_and_writes_json_and_a_plot(
         (["--model", "sd3-medium", "--resolution", "100"], ["100", "multiple of 16", "96"]),
         (["--precision", "float8"], ["float8", "bfloat16"]),
         (["--precision", "bfloat16", "--order"], ["--order", "float32"]),
+        (["--order"], ["--order", "--compile"]),
+        (["--model", "lumina-image-2", "--layers", "99"], ["--layers is 99", "26 blocks"]),
         (["--device", "tpu9"], ["tpu9", "cuda"]),
         (["--device", "cuda:99"], ["cuda:99", "CUDA device"]),
         (["--out", "no/such/folder/x.json"], ["no/such/folder", "does not exist"]),

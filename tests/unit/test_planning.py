@@ -228,6 +228,8 @@ def test_the_command_prints_text_and_json(
     [
         (["--device_memory=none"], "takes a number of GiB"),
         (["--model.backbone.pretrained=nobody/nothing"], "not in the local cache"),
+        # One pattern each: what follows a second one would be taken for a file to fetch.
+        (["--model.backbone.pretrained=nobody/nothing"], "nobody/nothing --exclude '*.safetensors' --exclude '*.bin'"),
         (["--model.backbone.pretrained=/"], "model_index.json"),
         (["--model.num_stepz=3"], "num_stepz"),
         (["--model.backbone=Stock", "--model.backbone.pretrained=shapes"], "native backbone"),

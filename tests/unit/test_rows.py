@@ -145,4 +145,4 @@ def test_a_checkpoint_of_other_rows_is_refused(runs: TinyRuns, capsys: pytest.Ca
     path = runs.fit("a", "--model.rows_per_forward=auto", "--trainer.max_steps=1")
     resume = f"--ckpt_path={Path(path) / 'checkpoints' / 'last.ckpt'}"
     assert runs("fit", "a", "--model.rows_per_forward=6", "--trainer.max_steps=2", resume) == 2
-    assert "pictures a unit was 64 and is 3" in capsys.readouterr().err
+    assert "pictures a unit (model.rows_per_forward) was 64 and is 3" in capsys.readouterr().err
