@@ -199,6 +199,8 @@ def _load_network(folder: Path, name: str, network: Any, dtype: torch.dtype, qua
             str(folder), subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:
+        if quantized is not None:
+            fix = "If the model loads without memory.quantization, it is the quantisation that does not work here."
         raise UserError(
             f"The component {name!r} of {folder} could not be loaded ({first_line(error)}). {fix}"
         ) from error

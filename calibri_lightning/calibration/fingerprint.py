@@ -6,11 +6,13 @@ import hashlib
 import inspect
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from calibri_lightning.calibration.sites import find_sites, unwrap
 
@@ -97,6 +99,16 @@ def weights_digest(transformer: nn.Module) -> str:
     """
     frozen = [(name, p.detach()) for name, p in unwrap(transformer).named_parameters() if not p.requires_grad]
     # One transfer from the device, not one a parameter.
-    sampled = torch.cat([p.flatten()[:: max(1, p.numel() // _SAMPLED)][:_SAMPLED].float() for _, p in frozen])
+    plain = [part for _, p in frozen for part in _plain_tensors(p)]
+    sampled = torch.cat([t.flatten()[:: max(1, t.numel() // _SAMPLED)][:_SAMPLED].float() for t in plain])
     names = "\n".join(name for name, _ in frozen)
     return hashlib.sha256(names.encode() + sampled.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """What a tensor is made of: itself, or the parts of a quantised one (torchao), which can do little by itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(getattr(tensor, name))

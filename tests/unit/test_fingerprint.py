@@ -11,9 +11,11 @@ from diffusers import ModelMixin
 from site_models import CASES as SITE_MODELS
 from tiny_families import CASES
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from calibri_lightning.calibration import check_model, fingerprint
 from calibri_lightning.calibration.document import CalibrationFile
+from calibri_lightning.calibration.fingerprint import weights_digest
 from calibri_lightning.calibration.fold import fold
 from calibri_lightning.calibration.scales import Member
 from calibri_lightning.calibration.sites import find_sites
@@ -146,3 +148,15 @@ def test_a_quantised_model_cannot_be_folded(name: str) -> None:
         return
     with pytest.raises(UserError, match="quantised or sharded.*keep the hooks"):
         fold(packed, sites, torch.ones(len(sites)))
+
+
+def test_the_digest_looks_into_tensors_that_are_made_of_others() -> None:
+    """As torchao's quantised weights are, of which the whole can be neither flattened nor turned into numbers."""
+
+    def model(second: float) -> nn.Module:
+        layer = nn.Linear(2, 2, bias=False)
+        layer.weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.full((2, 2), second)), requires_grad=False)
+        return layer
+
+    assert weights_digest(model(1.0)) == weights_digest(model(1.0))
+    assert weights_digest(model(1.0)) != weights_digest(model(2.0))
