@@ -1,4 +1,4 @@
-"""What a test compares: the base at equal and at full cost, the learned weights alone, and the calibration."""
+"""What a test compares: the base at equal and at full cost, where the run began, learned weights alone, the answer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from calibri_lightning.arrays import Floats
 from calibri_lightning.evaluation import Condition, Role
+from calibri_lightning.strategies.base import BASE, Candidate
 
 if TYPE_CHECKING:
     from calibri_lightning.module import CalibriModule
@@ -23,8 +24,8 @@ class Way:
     """What the table calls it."""
     role: Role
     """What of the calibration is on."""
-    theta: Floats
-    """Parameters, float64 [n]."""
+    candidate: Candidate
+    """Scales and network weights."""
     num_steps: int
     """Sampling steps."""
 
@@ -42,27 +43,30 @@ class Conditions:
 
     @classmethod
     def of(cls, module: CalibriModule) -> Conditions:
-        """Base, calibrated and the learned member weights alone at the module's steps, and the base at full cost.
+        """Base, start, answer and the learned member weights alone at the module's steps, and the base at full cost.
 
         Args:
-            module: The module; its theta is what is tested.
+            module: The module; its answer is what is tested.
 
         Returns:
-            The conditions; base alone where theta is the untouched model.
+            The conditions; base alone where the answer is the untouched model.
         """
-        theta, base = module.answer, module.layout.start
+        answer, base = module.answer, Candidate(module.layout.start, BASE)
         few, full = module.num_steps, module.full_num_steps
         ways = [Way(f"base @ {few} steps", "base", base, few)]
         if full and full != few:
             ways.append(Way(f"base @ {full} steps", "base", base, full))
+        start = module.start
+        if not (module.same(start, base) or module.same(start, answer)):
+            ways.append(Way(f"start @ {few} steps", "start", start, few))
         # The weights stand behind the scales; guidance alone explains part of many a gain.
         num_scales = len(module.layout.members) * len(module.layout.scale_names)
-        weights = np.concatenate([base[:num_scales], theta[num_scales:]])
-        if not (np.array_equal(weights, base) or np.array_equal(weights, theta)):
+        theta = np.concatenate([base.theta[:num_scales], answer.theta[num_scales:]])
+        if not (np.array_equal(theta, base.theta) or np.array_equal(theta, answer.theta)):
             name = "guidance" if module.layout.weight_mode == "guidance" else "weights"
-            ways.append(Way(f"{name} alone @ {few} steps", "weights", weights, few))
-        if not np.array_equal(theta, base):
-            ways.append(Way(f"calibrated @ {few} steps", "calibrated", theta, few))
+            ways.append(Way(f"{name} alone @ {few} steps", "weights", Candidate(theta, BASE), few))
+        if not module.same(answer, base):
+            ways.append(Way(f"{module.strategy.words.done} @ {few} steps", "calibrated", answer, few))
         return cls(tuple(ways))
 
     @property
@@ -79,7 +83,8 @@ class Conditions:
         """
         seeds = module.noise_seeds(batch)
         for way, rewards in zip(self.ways, self._rewards, strict=True):
-            answer = module.evaluate(way.theta[None], batch.prompts, seeds, num_steps=way.num_steps)
+            thetas, weights = way.candidate.theta[None], way.candidate.weights
+            answer = module.evaluate(thetas, batch.prompts, seeds, num_steps=way.num_steps, weights=weights)
             for name, values in answer.per_reward.items():
                 rewards.setdefault(name, []).append(values[0])
             # The sum is a row of its own, unless it is the one reward there is.

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
+from calibri_lightning.adapters.policy import Policy
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble
 from calibri_lightning.backbones import Backbone
@@ -29,7 +30,7 @@ from calibri_lightning.resume import restore_run, save_run
 from calibri_lightning.rewards import RewardConfig, RewardSet
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
-from calibri_lightning.strategies.base import Strategy
+from calibri_lightning.strategies.base import LIVE, Candidate, Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
 from calibri_lightning.trace import Trace
 from calibri_lightning.validation import Validation, validate
@@ -105,14 +106,23 @@ class CalibriModule(LightningModule):
         )
         # A parameter, for DDP wants one and broadcasts buffers; float64, for it is the answer itself.
         self.theta = nn.Parameter(torch.from_numpy(self.start_theta.copy()))
+        self.policy = Policy(self.theta, backbone.transformer, strategy.trains)
+        self.start = self.answer = Candidate(self.start_theta)
         self.engine = Engine(
             backbone, attachment, self.layout, self.rewards, rows_per_forward, compile, overlap_scoring
         )
 
-    @property
-    def answer(self) -> Floats:
-        """The current theta as numbers, float64 [n]."""
-        return self.theta.detach().cpu().numpy().astype(np.float64)
+    def same(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two candidates draw the same pictures.
+
+        Args:
+            one: A candidate.
+            other: Another one.
+
+        Returns:
+            True where both their scales and their network weights agree.
+        """
+        return np.array_equal(one.theta, other.theta) and self.policy.same(one.weights, other.weights)
 
     @property
     def reward_name(self) -> str:
@@ -171,7 +181,7 @@ class CalibriModule(LightningModule):
         self.engine.start(prompts, self.trainer.precision_plugin.forward_context, self._smallest)
 
     def _smallest(self, number: int) -> int:
-        return int(min(part[0] for part in self._gather(np.array([float(number)]))))
+        return int(min(part[0] for part in self.gather(np.array([float(number)]))))
 
     def on_validation_start(self) -> None:
         """Settles what a stage needs of the device."""
@@ -202,19 +212,41 @@ class CalibriModule(LightningModule):
         num_steps: int | None = None,
         done: Callable[[UnitResult], None] | None = None,
         known: Floats | None = None,
+        weights: str = LIVE,
     ) -> Evaluation:
-        """Scores candidates on prompts, shared among all ranks; arguments as for `Evaluator.evaluate`."""
+        """Scores candidates on prompts, shared among all ranks; arguments as for `Evaluator.evaluate`.
+
+        `weights` names the copy of the trained network weights that draws the pictures.
+        """
         trainer, started = self.trainer, time.monotonic()
         ranks = (trainer.global_rank, trainer.world_size)
-        answer = self.engine.evaluator.evaluate(
-            thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self._gather, done, known
-        )
-        if trainer.state.fn == "fit":  # the budget is what the calibration cost; a test is none of it
-            seconds = (time.monotonic() - started) * trainer.world_size
-            self.budget = self.budget.plus(answer.num_images, answer.num_forwards, seconds)
+        with self.policy.using(weights):
+            answer = self.engine.evaluator.evaluate(
+                thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self.gather, done, known
+            )
+        self.spend(answer.num_images, answer.num_forwards, time.monotonic() - started)
         return answer
 
-    def _gather(self, values: Floats) -> Sequence[Floats]:
+    def spend(self, images: int, forwards: int, seconds: float) -> None:
+        """Adds to the budget what work in a fit has cost; a test is none of it.
+
+        Args:
+            images: Pictures made and scored, over all ranks.
+            forwards: Forwards of one row over all ranks; one with its backward counts twice.
+            seconds: Seconds that all ranks took.
+        """
+        if self.trainer.state.fn == "fit":
+            self.budget = self.budget.plus(images, forwards, seconds * self.trainer.world_size)
+
+    def gather(self, values: Floats) -> Sequence[Floats]:
+        """Gives each rank's vector to every rank.
+
+        Args:
+            values: float64, of one length on all ranks.
+
+        Returns:
+            The vectors in the order of the ranks.
+        """
         gathered = self.all_gather(torch.from_numpy(values).to(self.device))
         assert isinstance(gathered, Tensor)
         # Lightning drops the world dimension on one process.
@@ -252,11 +284,13 @@ class CalibriModule(LightningModule):
             RunReport(self).print_scores(scores)
 
     def _deliver(self) -> None:
-        """Puts the strategy's answer into theta and calibration.json."""
-        theta = self.strategy.answer(self)
-        with torch.no_grad():
-            self.theta.copy_(torch.from_numpy(theta))
-        RunReport(self).write_calibration(theta)
+        """Takes the strategy's answer, and writes calibration.json and the adapter."""
+        self.answer = self.strategy.answer(self)
+        # A strategy that trains theta itself goes on from where theta is.
+        if not self.strategy.owns_theta:
+            with torch.no_grad():
+                self.theta.copy_(torch.from_numpy(self.answer.theta))
+        RunReport(self).write_answer()
 
     def on_train_end(self) -> None:
         """Validates what the last generations brought, if the interval missed it, and delivers."""
@@ -291,13 +325,16 @@ class CalibriModule(LightningModule):
         """Says where the pictures are."""
         RunReport(self).finish_prediction()
 
-    def pictures(self, theta: Floats, batch: PromptBatch, num_steps: int) -> Mapping[int, Tensor]:
+    def pictures(self, candidate: Candidate, batch: PromptBatch, num_steps: int) -> Mapping[int, Tensor]:
         """Draws this rank's share of the prompts; picture [3, H, W] on the CPU by the position of its prompt."""
         ranks = (self.trainer.global_rank, self.trainer.world_size)
         units = self.engine.evaluator.images(
-            theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks
+            candidate.theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks
         )
-        return {cell.slot: image for cells, images in units for cell, image in zip(cells, images.cpu(), strict=True)}
+        with self.policy.using(candidate.weights):
+            return {
+                cell.slot: image for cells, images in units for cell, image in zip(cells, images.cpu(), strict=True)
+            }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trainable keys alone, and the run's state."""

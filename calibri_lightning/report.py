@@ -29,6 +29,7 @@ from calibri_lightning.evaluation import (
 )
 from calibri_lightning.prompts import PromptBatch
 from calibri_lightning.sampling.noise import TEST_STEP
+from calibri_lightning.strategies.base import BASE, Candidate
 
 if TYPE_CHECKING:
     from calibri_lightning.conditions import Conditions
@@ -50,29 +51,25 @@ class RunReport:
         """Says what a fit is about to do."""
         if not self.speaks:
             return
-        module, layout = self.module, self.module.layout
+        module, layout, words = self.module, self.module.layout, self.module.strategy.words
         steps, count = module.num_steps, len(layout.members)
         print(
-            f"Calibrating {module.backbone.name} with {type(module.strategy).__name__}: "
+            f"{words.doing} {module.backbone.name} with {type(module.strategy).__name__}: "
             f"{layout.num_parameters} parameters ({layout.granularity} scales of {len(layout.sites)} sites x {count} "
             f"member(s), weights {layout.weight_mode}), {steps} steps = {steps * count} forwards an image, "
-            f"{module.strategy.prompts_per_step} prompts a generation, {module.engine.rows_per_forward} rows a "
+            f"{module.strategy.prompts_per_step} prompts a {words.step}, {module.engine.rows_per_forward} rows a "
             f"forward. Run folder: {self.folder}",
             flush=True,
         )
 
-    def write_calibration(self, theta: Floats) -> None:
-        """Writes calibration.json.
-
-        Args:
-            theta: Parameters, float64 [n].
-        """
+    def write_answer(self) -> None:
+        """Writes calibration.json, and beside it the adapter."""
         if not self.speaks:
             return
         module, best = self.module, self.module.strategy.best
         file = CalibrationFile(
             names=module.layout.names,
-            values=tuple(float(value) for value in theta),
+            values=tuple(float(value) for value in module.answer.theta),
             granularity=module.layout.granularity,
             members=module.layout.members,
             weight_mode=module.layout.weight_mode,
@@ -110,27 +107,28 @@ class RunReport:
         module, trace, best = self.module, self.module.trace, self.module.strategy.best
         names = [f"{member.prompt} (member {i})" for i, member in enumerate(module.layout.members)]
         self._folder()
-        plot_scales(self.folder / "scales.png", module.layout.names, module.answer.tolist(), names)
+        plot_scales(self.folder / "scales.png", module.layout.names, module.answer.theta.tolist(), names)
         chosen = None if best is None else (trace.images_at(best.generation), best.score)
         course = Convergence(
             trace.images,
             trace.train,
-            trace.sigma,
+            trace.pace,
             trace.validation_images,
             trace.validation,
             None if math.isnan(trace.base) else trace.base,
             chosen,
             module.reward_name,
+            trace.pace_name,
         )
         plot_convergence(self.folder / "convergence.png", course)
         if best is not None and best.origin == "start":
-            print("The search found nothing better than the start. More generations may help, or more prompts a step.")
+            print("Nothing better than the start was found. More steps may help, or more prompts a step.")
         elif best is not None:
-            print(f"Chosen on the validation prompts: the {best.origin} after {best.generation} generations.")
+            print(f"Chosen on the validation prompts: the {best.origin} after {best.generation} {module.strategy.words.step}s.")
         reason = getattr(module.strategy, "stop_reason", None)
         if reason:
             print(f"Stopped early: {reason}.")
-        note = " (the start, unchanged)" if np.array_equal(module.answer, module.start_theta) else ""
+        note = " (the start, unchanged)" if module.same(module.answer, module.start) else ""
         print(f"Calibration: {self.folder / CALIBRATION}{note}")
         print(f"Plots: {self.folder / 'scales.png'}, {self.folder / 'convergence.png'}")
 
@@ -163,7 +161,7 @@ class RunReport:
         if self.module.init_from and self.module.resumed_step is None:
             given = Path(self.module.init_from)
             return given / CALIBRATION if given.is_dir() else given
-        self.write_calibration(self.module.answer)
+        self.write_answer()
         return own
 
     def _panels(self, conditions: Conditions) -> tuple[list[Panel], list[str]]:
@@ -176,7 +174,7 @@ class RunReport:
         panels = []
         for way in (way for way in conditions.ways if way.role != "weights"):
             pictures = torch.zeros(len(batch.prompts), 3, *module.backbone.image_size, device=module.device)
-            for position, picture in module.pictures(way.theta, batch, way.num_steps).items():
+            for position, picture in module.pictures(way.candidate, batch, way.num_steps).items():
                 pictures[position] = picture.to(module.device)
             # Each picture was drawn by one rank and is 0 on the others.
             whole = module.trainer.strategy.reduce(pictures, reduce_op="sum")
@@ -219,7 +217,8 @@ class RunReport:
     def finish_prediction(self) -> None:
         """Says where the pictures are, and which scales drew them."""
         if self.speaks:
-            base = np.array_equal(self.module.answer, self.module.layout.start)
+            module = self.module
+            base = module.same(module.answer, Candidate(module.layout.start, BASE))
             by = "by the base model" if base else "with the calibration"
             print(f"Pictures, drawn {by}: {self.folder / 'images'}")
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from calibri_lightning.strategies.rounds import GenerationReport
 
 
+CURRENT = ("mean", "policy")
+"""What strategies call the candidate that shows where they are."""
+
+
 @dataclass
 class Trace:
     """The course of a run, for the convergence plot; part of every checkpoint."""
@@ -21,14 +25,16 @@ class Trace:
     """Training images up to the end of each generation."""
     train: list[float] = field(default_factory=list)
     """Mean reward of each generation."""
-    sigma: list[float] = field(default_factory=list)
-    """Step size after each generation."""
+    pace: list[float] = field(default_factory=list)
+    """How fast the run moved: a search's step size, for example."""
     validation_images: list[float] = field(default_factory=list)
     """Training images at each validation."""
     validation: list[float] = field(default_factory=list)
-    """Validation score of the search's mean."""
+    """Validation score of the search's mean, or of the policy as it is."""
     base: float = math.nan
     """Validation score of the start."""
+    pace_name: str = "sigma"
+    """What the pace is."""
 
     def add_generation(self, report: GenerationReport) -> None:
         """Adds what a generation showed.
@@ -38,7 +44,8 @@ class Trace:
         """
         self.images.append(float(report.images))
         self.train.append(report.reward_mean)
-        self.sigma.append(report.sigma)
+        self.pace.append(report.pace)
+        self.pace_name = report.pace_name
 
     def add_validation(self, scores: Mapping[str, float]) -> None:
         """Adds what a validation showed.
@@ -47,9 +54,10 @@ class Trace:
             scores: Score by vector.
         """
         self.base = scores.get("start", self.base)
-        if "mean" in scores:
+        current = next((scores[name] for name in CURRENT if name in scores), None)
+        if current is not None:
             self.validation_images.append(self.images_at(len(self.images)))
-            self.validation.append(scores["mean"])
+            self.validation.append(current)
 
     def images_at(self, generation: int) -> float:
         """Training images up to the end of a generation.
@@ -89,9 +97,11 @@ def stats_of(report: GenerationReport, reward: str, images: int, seconds: float)
         total,
         report.reward_mean,
         report.reward_best,
-        report.sigma,
+        report.pace,
         report.images,
         images / max(seconds, 1e-9),
         None if total is None else (total - report.generation) * seconds,
         reward,
+        report.pace_name,
+        report.step_name,
     )

@@ -1,4 +1,4 @@
-"""A pass over the validation prompts: the vectors that are scored, their scores, and who is told."""
+"""A pass over the validation prompts: the candidates that are scored, their scores, and who is told."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibri_lightning.arrays import Floats
+from calibri_lightning.strategies.base import Candidate
 
 if TYPE_CHECKING:
     from calibri_lightning.module import CalibriModule
@@ -22,16 +23,16 @@ class Validation:
     """One pass over the validation prompts.
 
     Args:
-        thetas: float64 [n] by name; may be empty.
+        candidates: By name; may be empty.
     """
 
-    def __init__(self, thetas: Mapping[str, Floats]) -> None:
-        self._names, self._thetas = tuple(thetas), list(thetas.values())
-        self._rewards: list[Floats] = []
+    def __init__(self, candidates: Mapping[str, Candidate]) -> None:
+        self._candidates = dict(candidates)
+        self._rewards: dict[str, list[Floats]] = {name: [] for name in candidates}
 
     @classmethod
     def of(cls, module: CalibriModule) -> Validation:
-        """The vectors that the strategy has to offer now.
+        """The candidates that the strategy has to offer now.
 
         Args:
             module: The module.
@@ -39,18 +40,22 @@ class Validation:
         Returns:
             A pass that has not scored anything yet.
         """
-        return cls(module.strategy.validation_thetas(module))
+        return cls(module.strategy.validation_candidates(module))
 
     def score(self, module: CalibriModule, batch: PromptBatch) -> None:
-        """Scores the vectors on a batch, if there are any.
+        """Scores the candidates on a batch, if there are any.
 
         Args:
             module: The module.
             batch: The prompts.
         """
-        if self._thetas:
-            answer = module.evaluate(np.stack(self._thetas), batch.prompts, module.noise_seeds(batch))
-            self._rewards.append(answer.rewards)
+        # One copy of the weights at a time is in the network; vectors that share it are rows of one batch.
+        for weights in dict.fromkeys(candidate.weights for candidate in self._candidates.values()):
+            names = [name for name, candidate in self._candidates.items() if candidate.weights == weights]
+            thetas = np.stack([self._candidates[name].theta for name in names])
+            answer = module.evaluate(thetas, batch.prompts, module.noise_seeds(batch), weights=weights)
+            for name, rewards in zip(names, answer.rewards, strict=True):
+                self._rewards[name].append(rewards)
 
     def close(self, module: CalibriModule) -> dict[str, float]:
         """Hands the scores to the strategy and to the trace.
@@ -59,11 +64,11 @@ class Validation:
             module: The module.
 
         Returns:
-            Score by vector, as of `validation_scores`; empty where nothing was scored.
+            Score by candidate, as of `validation_scores`; empty where nothing was scored.
         """
-        if not self._rewards:
+        if not any(self._rewards.values()):
             return {}
-        scores = validation_scores(dict(zip(self._names, np.concatenate(self._rewards, axis=1), strict=True)))
+        scores = validation_scores({name: np.concatenate(parts) for name, parts in self._rewards.items()})
         module.strategy.on_validated(module, scores)
         module.trace.add_validation(scores)
         return scores

@@ -110,9 +110,9 @@ class FakeModule(LightningModule):
         self.validate_now()  # stands for a validation after every generation
 
     def validate_now(self) -> None:
-        thetas = self.strategy.validation_thetas(self)
-        self.scored += list(thetas)
-        self.strategy.on_validated(self, {name: self.score(theta) for name, theta in thetas.items()})
+        candidates = self.strategy.validation_candidates(self)
+        self.scored += list(candidates)
+        self.strategy.on_validated(self, {name: self.score(c.theta) for name, c in candidates.items()})
 
     def evaluate(
         self,

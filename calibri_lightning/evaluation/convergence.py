@@ -1,4 +1,4 @@
-"""The convergence plot: reward in training and validation, and the step size, over the images generated."""
+"""The convergence plot: reward in training and validation, and the pace of the run, over the images generated."""
 
 from __future__ import annotations
 
@@ -34,26 +34,28 @@ class Convergence:
     Attributes:
         images: int[G], images generated and scored up to the end of each generation.
         train: float[G], mean reward of each generation, on its own few prompts; NaN for one that failed.
-        sigma: float[G], search step size after each generation.
+        pace: float[G], what shows how fast the run moves: a search's step size, for example.
         validation_images: int[V], images generated for training at each validation.
         validation: float[V], mean reward of the search's mean on the fixed validation prompts.
         base: Reward of the uncalibrated model on the validation prompts.
         chosen: (images, reward) of the vector that was kept.
         reward_name: Name of the reward.
+        pace_name: What the pace is; sigma is written as σ.
     """
 
     images: ArrayLike
     train: ArrayLike
-    sigma: ArrayLike
+    pace: ArrayLike
     validation_images: ArrayLike = ()
     validation: ArrayLike = ()
     base: float | None = None
     chosen: tuple[float, float] | None = None
     reward_name: str = "reward"
+    pace_name: str = "sigma"
 
 
 def plot_convergence(path: str | Path, run: Convergence, title: str = "Convergence") -> None:
-    """Draw mean reward, in training and validation, and the step size over the images generated, as a PNG.
+    """Draw mean reward, in training and validation, and the pace over the images generated, as a PNG.
 
     Args:
         path: The PNG to write.
@@ -65,10 +67,10 @@ def plot_convergence(path: str | Path, run: Convergence, title: str = "Convergen
     """
     from matplotlib.figure import Figure
 
-    images, train, sigma = (np.asarray(v, dtype=np.float64) for v in (run.images, run.train, run.sigma))
-    counts = [len(images), len(train), len(sigma)]
+    images, train, pace = (np.asarray(v, dtype=np.float64) for v in (run.images, run.train, run.pace))
+    counts = [len(images), len(train), len(pace)]
     if len(set(counts)) > 1:
-        raise ValueError(f"{counts} values of images, train and sigma; give one of each a generation")
+        raise ValueError(f"{counts} values of images, train and pace; give one of each a generation")
     checks = [np.size(run.validation_images), np.size(run.validation)]
     if len(set(checks)) > 1:
         raise ValueError(f"{checks} values of validation_images and validation; give one of each a validation")
@@ -78,8 +80,8 @@ def plot_convergence(path: str | Path, run: Convergence, title: str = "Convergen
     reward = figure.add_axes((0.09, 0.38, 0.745, 0.46))
     step = figure.add_axes((0.09, 0.11, 0.745, 0.18), sharex=reward)
     _draw_reward(reward, run, images, train)
-    step.plot(images, sigma, "-o" if len(images) < 3 else "-", color=INK, linewidth=1.2, markersize=3)
-    step.set_ylabel("step size σ", size=8, color=INK)
+    step.plot(images, pace, "-o" if len(images) < 3 else "-", color=INK, linewidth=1.2, markersize=3)
+    step.set_ylabel("step size σ" if run.pace_name == "sigma" else run.pace_name, size=8, color=INK)
     step.set_ylim(bottom=0)
     step.set_xlabel("images", size=8, color=INK)
     for axes in (reward, step):

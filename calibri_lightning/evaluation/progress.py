@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_DROPPABLE = ("rate", "sigma", "images", "best")  # what a narrow terminal loses, the least important first
+_DROPPABLE = ("rate", "pace", "images", "best")  # what a narrow terminal loses, the least important first
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,26 @@ class GenerationStats:
         total: Planned generations; None when only images or time bound the run.
         mean: Mean reward of the generation's candidates.
         best: Reward of its best candidate.
-        sigma: Search step size.
+        pace: How fast the run moves: a search's step size, a gradient strategy's clipped share.
         images: Images generated and scored since the start of the run.
         images_per_second: Over the last generation.
         eta_seconds: Seconds to the end of the run; None when unknown.
         reward_name: Name of the reward.
+        pace_name: What the pace is; sigma is written as σ.
+        step_name: What the strategy calls a training step.
     """
 
     generation: int
     total: int | None
     mean: float
     best: float
-    sigma: float
+    pace: float
     images: int
     images_per_second: float
     eta_seconds: float | None
     reward_name: str
+    pace_name: str = "sigma"
+    step_name: str = "generation"
 
 
 def format_progress(stats: GenerationStats, width: int | None = None, ascii_only: bool = False) -> str:
@@ -45,7 +49,7 @@ def format_progress(stats: GenerationStats, width: int | None = None, ascii_only
     Args:
         stats: The last generation.
         width: Most characters the line may have; parts that do not fit are left out, the least important
-            first (images a second, sigma, images, best), and what is left is cut. None for no limit.
+            first (images a second, pace, images, best), and what is left is cut. None for no limit.
         ascii_only: Write "sigma" and "|" for terminals that cannot show the signs.
 
     Returns:
@@ -83,9 +87,9 @@ def _line(stats: GenerationStats, dropped: Sequence[str], ascii_only: bool) -> s
     rate = f"{stats.images_per_second:.3g}" if stats.images_per_second < 100 else f"{stats.images_per_second:,.0f}"
     best = "" if "best" in dropped else f" best {_score(stats.best)}"
     parts = {
-        "generation": f"generation {stats.generation:>{max(len(total) - 1, 0)}}{total}",
+        "generation": f"{stats.step_name} {stats.generation:>{max(len(total) - 1, 0)}}{total}",
         "score": f"{stats.reward_name} mean {_score(stats.mean)}{best}",
-        "sigma": f"{'sigma' if ascii_only else 'σ'} {_score(stats.sigma)}",
+        "pace": f"{'σ' if stats.pace_name == 'sigma' and not ascii_only else stats.pace_name} {_score(stats.pace)}",
         "images": f"{stats.images:,} images",
         "rate": f"{rate} images/s",
     }

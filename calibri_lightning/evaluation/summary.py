@@ -24,8 +24,8 @@ from calibri_lightning.evaluation.bootstrap import (
     win_rate,
 )
 
-Role = Literal["base", "weights", "calibrated"]
-Against = Literal["equal NFE", "full NFE", "weights alone"]
+Role = Literal["base", "start", "weights", "calibrated"]
+Against = Literal["equal NFE", "full NFE", "start", "weights alone"]
 AGAINST: tuple[Against, ...] = get_args(Against)
 """The kinds of comparison, in the order in which they are reported."""
 
@@ -36,7 +36,7 @@ class Condition:
 
     Attributes:
         name: What the table calls it, e.g. "base @ 8 steps"; different for each condition of a summary.
-        role: What of the calibration was on: nothing, the members' weights alone, or all of it.
+        role: What of the answer was on: nothing, what the run began with, the members' weights alone, or all of it.
         num_steps: Sampler steps.
         num_forwards_per_image: NFE, transformer forwards an image: steps times members.
         rewards: Reward name to float64[P], one value a picture, NaN where a reward failed. All conditions
@@ -64,8 +64,8 @@ class Comparison:
     Attributes:
         calibrated: Name of the calibrated condition.
         base: Name of the condition that it is compared with.
-        against: `equal NFE`: a base that costs as much; `full NFE`: the most expensive base; `weights alone`: the same
-            member weights, all scales 1.
+        against: `equal NFE`: a base that costs as much; `full NFE`: the most expensive base; `start`: what the run began
+            with; `weights alone`: the same member weights, all scales 1.
         reward: Name of the reward.
         difference: Mean of calibrated minus base, with its interval.
         wins: Pairs in which the calibrated picture scored higher, the same or lower.
@@ -175,7 +175,7 @@ def summarise(
 
 
 def _rivals(conditions: Sequence[Condition]) -> Iterator[tuple[Condition, Condition, Against]]:
-    """Pairs to compare: each calibrated condition with the bases of its own and of the highest NFE, and its weights."""
+    """Pairs to compare: each calibrated condition with the bases of its own and highest NFE, start and weights."""
     bases = [c for c in conditions if c.role == "base"]
     for calibrated in (c for c in conditions if c.role == "calibrated"):
         equal = [b for b in bases if b.num_forwards_per_image == calibrated.num_forwards_per_image]
@@ -184,8 +184,10 @@ def _rivals(conditions: Sequence[Condition]) -> Iterator[tuple[Condition, Condit
             fullest = max(bases, key=lambda b: b.num_forwards_per_image)
             if fullest not in equal:
                 yield calibrated, fullest, "full NFE"
-        for weights in (c for c in conditions if c.role == "weights" and c.num_steps == calibrated.num_steps):
-            yield calibrated, weights, "weights alone"
+        others: tuple[tuple[Role, Against], ...] = (("start", "start"), ("weights", "weights alone"))
+        for role, against in others:
+            for other in (c for c in conditions if c.role == role and c.num_steps == calibrated.num_steps):
+                yield calibrated, other, against
 
 
 def _check(conditions: Sequence[Condition], reward: str) -> None:

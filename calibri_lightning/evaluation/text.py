@@ -93,7 +93,7 @@ def render_table(summary: Summary, width: int = 100) -> str:
     differences = _differences_block(summary, rewards)
     head = [
         f"mean reward [{summary.level:.0%} interval]",
-        f"calibrated minus base, paired [{summary.level:.0%} interval]",
+        f"{_answer(summary)} minus base, paired [{summary.level:.0%} interval]",
     ]
     columns = [[title, *(row[1][i] for row in (*means, *differences))] for i, title in enumerate(titles)]
     labels = ["", *(row[0] for row in (*means, *differences))]
@@ -106,6 +106,12 @@ def render_table(summary: Summary, width: int = 100) -> str:
     footnote = ["* the interval excludes 0; win / tie / loss are shares of pairs", ""] if differences else []
     sentences = [line for s in (_sentences(summary) or [verdict(summary)]) for line in textwrap.wrap(s, width)]
     return "\n".join(line.rstrip() for line in (*blocks, *footnote, *sentences, *_closing(summary)))
+
+
+def _answer(summary: Summary) -> str:
+    """What the answer is called: calibrated or trained."""
+    names = [c.name for c in summary.conditions if c.role == "calibrated"]
+    return names[0].split(" @ ")[0] if names else "calibrated"
 
 
 _Row = tuple[str, list[str]]
@@ -133,7 +139,7 @@ def _differences_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
         pair = (first.calibrated, first.base, first.against)
         found = {c.reward: c for c in summary.comparisons if (c.calibrated, c.base, c.against) == pair}
         label = f"{first.calibrated} - {first.base}" if several else f"against {first.base}"
-        if first.against != "weights alone":  # which the name says already
+        if first.against not in ("start", "weights alone"):  # which the name says already
             label += f"  ({first.against})"
         stars = [" *" if found[name].difference.excludes(0.0) else "" for name in rewards]
         texts = [format_interval(found[name].difference, signed=True) for name in rewards]

@@ -179,7 +179,7 @@ class Evaluator:
         rows = self._rows(thetas)
 
         def finish(index: int, images: Tensor, num_forwards: int) -> None:
-            total, each = self._rewards(images, [prompts[cell.slot] for cell in units[index]])
+            total, each = self.score(images, [prompts[cell.slot] for cell in units[index]])
             result = UnitResult(index, len(units), units[index], total, each)
             grid.put(result, num_forwards)
             if done is not None:
@@ -196,9 +196,19 @@ class Evaluator:
         rows = self.layout.rows(torch.tensor(np.asarray(thetas, dtype=np.float64)))
         return Rows(rows.scales.to(self.backbone.device), rows.weights.to(self.backbone.device))
 
-    def _rewards(
+    def score(
         self, images: Tensor, prompts: Sequence[Prompt]
     ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        """Scores pictures.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1, or videos [B, F, 3, H, W].
+            prompts: The prompt of each picture.
+
+        Returns:
+            The weighted sum, float64 [B], and every single reward and extra metric; NaN for a picture with pixels that
+            are not finite.
+        """
         # A broken picture has no reward, whatever a reward function makes of NaN pixels.
         broken = ~images.flatten(1).isfinite().all(dim=1)
         scores = self.rewards.score(images.nan_to_num(0.0), prompts)
@@ -223,8 +233,11 @@ class Evaluator:
         while True:
             parts = [unit[i : i + self._most_cells] for i in range(0, len(unit), self._most_cells)]
             try:
-                done = [self._sample(part, rows, prompts, seeds, num_steps) for part in parts]
-                images = torch.cat([self.backbone.decode(part.latents) for part in done])
+                # Validation may run in inference mode, whose tensors no later training step could use: those that the
+                # backbone keeps (embeddings, positions) are made here.
+                with torch.inference_mode(False):
+                    done = [self._sample(part, rows, prompts, seeds, num_steps) for part in parts]
+                    images = torch.cat([self.backbone.decode(part.latents) for part in done])
                 return images, sum(part.num_forwards for part in done)
             except torch.OutOfMemoryError as error:
                 cause = error.with_traceback(None)

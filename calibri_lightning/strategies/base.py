@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lightning.pytorch.callbacks import Callback
 
+from calibri_lightning.adapters.policy import Trains
 from calibri_lightning.arrays import Cells, Floats
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class CalibratedModule(Protocol):
         num_steps: int | None = None,
         done: Callable[[UnitResult], None] | None = None,
         known: Floats | None = None,
+        weights: str = LIVE,
     ) -> Evaluation:
         """Scores candidates on prompts; called with the same request on all ranks, answers the same on all.
 
@@ -68,6 +70,7 @@ class CalibratedModule(Protocol):
             num_steps: Sampling steps; the module's own by default.
             done: Called on this rank after each of its units.
             known: Rewards of requested cells that are known already, NaN elsewhere.
+            weights: Which copy of the trained network weights draws the pictures.
 
         Returns:
             Rewards and costs.
@@ -85,18 +88,42 @@ class CalibratedModule(Protocol):
         """
 
 
+LIVE, BASE = "live", "base"
+"""The trained network weights as they are; the network as it was before anything was trained or added."""
+
+
 @dataclass(frozen=True)
-class BestVector:
-    """The vector with the best score on the fixed validation set."""
+class Words:
+    """What people are told that a strategy does."""
+
+    doing: str = "Calibrating"
+    """Of the model, at the start."""
+    done: str = "calibrated"
+    """Of the result, in tables."""
+    step: str = "generation"
+    """A training step."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting of everything that a run may change, worth a score."""
 
     theta: Floats
-    """Parameters, float64 [n]."""
+    """Scales and member weights, float64 [n]."""
+    weights: str = LIVE
+    """Which copy of the trained network weights (LoRA) goes with them; see `adapters.policy.Policy`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestVector(Candidate):
+    """The candidate with the best score on the fixed validation set."""
+
     score: float
     """Validation score."""
     origin: str
-    """Where it came from: "mean", "tail" (average of the last means) or "start"."""
+    """Its name among the candidates: "start", "mean", "tail" (average of the last means), "policy" or "ema"."""
     generation: int
-    """Generations told when it was validated."""
+    """Training steps done when it was validated."""
 
 
 class Strategy(Callback, ABC):
@@ -106,10 +133,17 @@ class Strategy(Callback, ABC):
     checkpoint.
     """
 
+    words: ClassVar[Words] = Words()
+    """What people are told that it does."""
+    owns_theta: ClassVar[bool] = False
+    """Whether theta, the parameter, is trained in place; otherwise it holds the answer."""
+    trains: Trains = "scales"
+    """What it changes: scales, a LoRA, both, or all weights of the transformer."""
+
     @property
     @abstractmethod
     def best(self) -> BestVector | None:
-        """The best validated vector so far."""
+        """The best validated candidate so far."""
 
     @property
     @abstractmethod
@@ -117,14 +151,14 @@ class Strategy(Callback, ABC):
         """Training images judged so far, the same after any kill and resume."""
 
     @abstractmethod
-    def answer(self, module: CalibratedModule) -> Floats:
-        """Gives the vector to deliver.
+    def answer(self, module: CalibratedModule) -> Candidate:
+        """Gives the candidate to deliver.
 
         Args:
             module: The module that is trained.
 
         Returns:
-            float64 [n]: the best validated vector; without validation the current estimate.
+            The best validated candidate; without validation the current estimate.
         """
 
     @property
@@ -142,19 +176,19 @@ class Strategy(Callback, ABC):
         """
 
     @abstractmethod
-    def validation_thetas(self, module: CalibratedModule) -> Mapping[str, Floats]:
-        """Vectors worth a score on the validation set.
+    def validation_candidates(self, module: CalibratedModule) -> Mapping[str, Candidate]:
+        """Candidates worth a score on the validation set.
 
         Args:
             module: The module that is trained.
 
         Returns:
-            float64 [n] by name; empty when nothing is new.
+            Candidates by name; empty when nothing is new.
         """
 
     @abstractmethod
     def on_validated(self, module: CalibratedModule, scores: Mapping[str, float]) -> None:
-        """Takes the scores of `validation_thetas`.
+        """Takes the scores of `validation_candidates`.
 
         Args:
             module: The module that is trained.

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
-from calibri_lightning.strategies.base import BestVector, CalibratedModule, Strategy
+from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Strategy
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
 from calibri_lightning.strategies.history import History, Settings, check_same, digest_candidates, numerics
 from calibri_lightning.strategies.ledger import Ledger, digest
@@ -65,7 +65,7 @@ class EvolutionStrategy(Strategy, SearchPlan):
         self._selection = Selection()
         self._budget: SearchBudget | None = None
         self._sigmas: list[float] = []
-        self._validating: Mapping[str, Floats] = {}
+        self._validating: Mapping[str, Candidate] = {}
 
     @property
     def best(self) -> BestVector | None:
@@ -82,11 +82,11 @@ class EvolutionStrategy(Strategy, SearchPlan):
         """Images judged so far, the same after any kill and resume."""
         return self._history.num_images if self._history is not None else 0
 
-    def answer(self, module: CalibratedModule) -> Floats:
+    def answer(self, module: CalibratedModule) -> Candidate:
         """Gives the best validated vector; the mean where nothing was validated."""
         if self.best is not None:
-            return self.best.theta
-        return module.start_theta if self._status is None else self._status.mean
+            return self.best
+        return Candidate(module.start_theta if self._status is None else self._status.mean)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier fit."""
@@ -147,13 +147,13 @@ class EvolutionStrategy(Strategy, SearchPlan):
         self._generation = self._rewards = None
         self._publish(trainer, pl_module, rewards)
 
-    def validation_thetas(self, module: CalibratedModule) -> Mapping[str, Floats]:
+    def validation_candidates(self, module: CalibratedModule) -> Mapping[str, Candidate]:
         """Vectors worth a score on the validation set."""
         if module.trainer.state.fn != TrainerFn.FITTING:
-            return {"start": module.start_theta} | ({"best": self.best.theta} if self.best is not None else {})
+            return {"start": Candidate(module.start_theta)} | ({"best": self.best} if self.best is not None else {})
         self._prepare(module)
         assert self._status is not None
-        self._validating = self._selection.thetas(
+        self._validating = self._selection.candidates(
             module.start_theta, self._status.mean, self._status.tail, self.generation
         )
         return self._validating
@@ -274,7 +274,7 @@ class EvolutionStrategy(Strategy, SearchPlan):
             total_generations=self._budget.total_generations if self._budget is not None else None,
             reward_mean=float(finite.mean()) if finite.size else math.nan,
             reward_best=float(finite.max()) if finite.size else math.nan,
-            sigma=status.diagnostics["sigma"],
+            pace=status.diagnostics["sigma"],
             images=self.images,
             failed=int(np.isneginf(rewards).sum()),
             dropped=int((asked.any(axis=0) & ~np.isfinite(rewards).any(axis=0)).sum()),

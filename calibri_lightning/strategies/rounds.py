@@ -74,14 +74,18 @@ class GenerationReport:
     """Mean over the candidates of their mean reward."""
     reward_best: float
     """Best candidate's mean reward on this generation's prompts: luck included, never what is kept."""
-    sigma: float
-    """Overall step size."""
+    pace: float
+    """How fast the run moves: a search's step size, a gradient strategy's clipped share."""
     images: int
     """Images judged so far."""
     failed: int
     """Cells of this generation without a finite reward."""
     dropped: int
     """Prompts of this generation that failed for all candidates."""
+    pace_name: str = "sigma"
+    """What the pace is."""
+    step_name: str = "generation"
+    """What the strategy calls a training step."""
 
 
 def on_rank_zero(trainer: Trainer, work: Callable[[], _T]) -> _T:

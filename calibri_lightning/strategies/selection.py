@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from calibri_lightning.arrays import Floats
-from calibri_lightning.strategies.base import BestVector
+from calibri_lightning.strategies.base import LIVE, BestVector, Candidate
 
 START = "start"
 
@@ -28,7 +28,7 @@ class Selection:
         self.misses = 0
         self.validated_generation = -1
 
-    def thetas(self, start: Floats, mean: Floats, tail: Floats, generation: int) -> Mapping[str, Floats]:
+    def candidates(self, start: Floats, mean: Floats, tail: Floats, generation: int) -> Mapping[str, Candidate]:
         """Vectors whose score is not known yet.
 
         Args:
@@ -38,32 +38,35 @@ class Selection:
             generation: Generations told.
 
         Returns:
-            Vectors by name: "start" once, "mean" and "tail" after each new generation.
+            Candidates by name: "start" once, "mean" and "tail" after each new generation.
         """
-        wanted = {} if self.start_score is not None else {START: start}
+        wanted = {} if self.start_score is not None else {START: Candidate(start)}
         if generation > 0 and generation != self.validated_generation:
-            wanted["mean"] = mean
+            wanted["mean"] = Candidate(mean)
             if not np.array_equal(tail, mean):
-                wanted["tail"] = tail
+                wanted["tail"] = Candidate(tail)
         return wanted
 
-    def take(self, thetas: Mapping[str, Floats], scores: Mapping[str, float], generation: int) -> None:
+    def take(self, candidates: Mapping[str, Candidate], scores: Mapping[str, float], generation: int) -> None:
         """Takes the scores of a validation.
 
         Args:
-            thetas: The vectors that were scored.
+            candidates: What was scored.
             scores: Score by name. One that is not finite never wins; among equal ones the earlier stays.
             generation: Generations told.
         """
-        if not thetas:
+        if not candidates:
             return
         before = self.best
-        for name, theta in thetas.items():
+        for name, candidate in candidates.items():
             score = float(scores[name])
             if name == START:
                 self.start_score = score
             if math.isfinite(score) and (self.best is None or score > self.best.score):
-                self.best = BestVector(theta.copy(), score, name, 0 if name == START else generation)
+                number = 0 if name == START else generation
+                self.best = BestVector(
+                    candidate.theta.copy(), candidate.weights, score=score, origin=name, generation=number
+                )
         self.misses = 0 if self.best is not before else self.misses + 1
         self.validated_generation = generation
 
@@ -82,6 +85,7 @@ class Selection:
             state["theta"] = torch.from_numpy(self.best.theta.copy())
             state |= {
                 "score": self.best.score,
+                "weights": self.best.weights,
                 "origin": self.best.origin,
                 "generation": self.best.generation,
             }
@@ -102,5 +106,11 @@ class Selection:
         selection.validated_generation = state["validated_generation"]
         if "theta" in state:
             theta = state["theta"].numpy().astype(np.float64)
-            selection.best = BestVector(theta, state["score"], state["origin"], state["generation"])
+            selection.best = BestVector(
+                theta,
+                state.get("weights", LIVE),
+                score=state["score"],
+                origin=state["origin"],
+                generation=state["generation"],
+            )
         return selection

@@ -39,7 +39,7 @@ def test_search_finds_the_optimum_and_global_step_counts_generations(name: str, 
     assert module.strategy.report is not None
     assert module.strategy.report.images == module.strategy.images
     assert float(trainer.callback_metrics["train/images"]) == module.strategy.images
-    assert float(trainer.callback_metrics["train/sigma"]) == pytest.approx(module.strategy.report.sigma)
+    assert float(trainer.callback_metrics["train/sigma"]) == pytest.approx(module.strategy.report.pace)
 
 
 def test_all_candidates_of_a_generation_see_the_same_prompts_and_noise(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_start_is_scored_once_and_the_mean_after_every_generation(tmp_path: Path
     assert module.scored.count("start") == 1
     assert module.scored.count("mean") == 10
     assert module.scored.count("tail") == 6  # up to four generations, the tail is the mean itself
-    assert module.strategy.validation_thetas(module) == {}  # nothing is new
+    assert module.strategy.validation_candidates(module) == {}  # nothing is new
 
 
 def test_best_score_is_that_of_its_vector_and_the_highest(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_validation_of_a_checkpoint_offers_start_and_best(tmp_path: Path) -> Non
     fresh = FakeModule(STRATEGIES["default"](), tmp_path)
     fresh.strategy.load_state_dict(next(iter(torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"].values())))
     fresh._trainer = quiet_trainer(tmp_path, max_steps=1)
-    thetas = fresh.strategy.validation_thetas(fresh)
+    thetas = fresh.strategy.validation_candidates(fresh)
     assert list(thetas) == ["start", "best"]
 
 

@@ -1,0 +1,130 @@
+"""Makes and scores the pictures of a training step; every rank makes its share and keeps what it needs to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibri_lightning.arrays import Floats
+from calibri_lightning.errors import UserError
+from calibri_lightning.evaluation.diversity import group_diversity
+from calibri_lightning.sampling.frames import middle_frame
+from calibri_lightning.sampling.grid import Cell, Grid, UnitResult
+from calibri_lightning.sampling.overlap import Behind
+
+if TYPE_CHECKING:
+    from calibri_lightning.strategies.base import TrainedModule
+    from calibri_lightning.strategies.groups import Slots
+
+T = TypeVar("T")
+_DIVERSITY = "distance within groups"
+
+
+@dataclass(frozen=True)
+class Drawn(Generic[T]):
+    """A unit's pictures as latents, and what training on them needs."""
+
+    kept: T
+    """What is kept for training."""
+    latents: Tensor
+    """Latents at sigma 0, float32 [B, ...]."""
+    num_forwards: int
+    """Forwards of one row each."""
+
+
+@dataclass(frozen=True)
+class Rollout(Generic[T]):
+    """The pictures of a step."""
+
+    units: tuple[range, ...]
+    """Slots of every unit, this rank's or not."""
+    kept: Mapping[int, T]
+    """What this rank keeps, by number of the unit."""
+    total: Floats
+    """Weighted sum of the rewards of each slot, float64 [S]; NaN where one failed."""
+    each: Mapping[str, Floats]
+    """The same for every single reward and extra metric."""
+    diversity: float
+    """Distance between pictures of one prompt and one unit, as of `evaluation.diversity.group_diversity`; the mean."""
+    num_images: int
+    """Pictures over all ranks."""
+    num_forwards: int
+    """Forwards of one row each, over all ranks."""
+
+
+def roll_out_units(
+    module: TrainedModule, slots: Slots, unit_size: int, draw: Callable[[range], Drawn[T]]
+) -> Rollout[T]:
+    """Makes and scores the pictures of a step, shared among all ranks; the rewards are the same on all of them.
+
+    While a unit is scored, the next one is sampled.
+
+    Args:
+        module: The module that is trained.
+        slots: The pictures.
+        unit_size: Pictures of a unit.
+        draw: Makes the pictures of a unit, under `no_grad`.
+
+    Returns:
+        The rollout.
+
+    Raises:
+        UserError: If a reward fails, here or on another rank, or a unit does not fit into memory.
+    """
+    trainer, evaluator = module.trainer, module.engine.evaluator
+    units, shape = slots.units(unit_size), (1, len(slots.prompts))
+    grid = Grid.empty((*evaluator.rewards.names, _DIVERSITY), shape)
+    kept: dict[int, T] = {}
+    mine = range(trainer.global_rank, len(units), trainer.world_size)
+    failure: Exception | None = None
+
+    def score(index: int, images: Tensor, num_forwards: int) -> None:
+        total, each = evaluator.score(images, [slots.prompts[slot] for slot in units[index]])
+        cells = tuple(Cell(0, slot) for slot in units[index])
+        each[_DIVERSITY] = _spread(images, [slot // slots.group_size for slot in units[index]])
+        grid.put(UnitResult(index, len(units), cells, total, each), num_forwards)
+
+    try:
+        with Behind(evaluator.backbone.device, evaluator.overlap_scoring) as behind, torch.no_grad():
+            for index in mine:
+                drawn = draw(units[index])
+                images = evaluator.backbone.decode(drawn.latents)
+                behind.submit(partial(score, index, images, drawn.num_forwards))
+                kept[index] = drawn.kept
+                del images, drawn
+    except torch.OutOfMemoryError as error:
+        failure = UserError(
+            f"{unit_size} pictures of a unit do not fit into the memory of {evaluator.backbone.device}. A unit is made "
+            "and trained on whole, so it is not cut smaller by itself: lower strategy.pictures_per_unit."
+        )
+        failure.__cause__ = error
+    except Exception as error:
+        failure = error
+    # The other ranks wait in `gather`: they are told before this one stops.
+    grid.failed = failure is not None
+    owners = {Cell(0, slot): i % trainer.world_size for i, unit in enumerate(units) for slot in unit}
+    grid = Grid.merge([Grid.unpack(part, grid.names, shape) for part in module.gather(grid.pack())], owners)
+    if failure is not None:
+        raise failure
+    if grid.failed:
+        raise UserError("Another rank could not make its pictures; its own message says why. Fix that and run again.")
+    each = dict(zip(grid.names, grid.values[1:, 0], strict=True))
+    spread = each.pop(_DIVERSITY)
+    diversity = float(spread[np.isfinite(spread)].mean()) if np.isfinite(spread).any() else np.nan
+    return Rollout(units, kept, grid.values[0, 0], each, diversity, grid.num_images, grid.num_forwards)
+
+
+def _spread(images: Tensor, groups: Sequence[int]) -> Floats:
+    """Distance between the pictures of each group, for each picture; NaN where a group has one picture here."""
+    values = np.full(len(groups), np.nan)
+    for group in dict.fromkeys(groups):
+        members = [place for place, other in enumerate(groups) if other == group]
+        if len(members) > 1:
+            values[members] = group_diversity(middle_frame(images[members]))
+    return values
