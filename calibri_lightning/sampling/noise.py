@@ -1,4 +1,4 @@
-"""Seeds of the initial noise: the one source of randomness of a picture."""
+"""Seeds of initial noise and of the noise of steps: the only sources of randomness of a picture."""
 
 from __future__ import annotations
 
@@ -21,4 +21,18 @@ def noise_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> in
         63 bits of a SHA-256 digest, so that neighbouring arguments give unrelated seeds.
     """
     digest = hashlib.sha256(f"calibri-noise:{seed}:{step}:{prompt_index}:{sample_index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def step_noise_seed(picture_seed: int, step: int) -> int:
+    """Seed of the noise that a stochastic step adds to one picture: a pure function of the picture and the step.
+
+    Args:
+        picture_seed: Seed of the picture's initial noise, from `noise_seed`.
+        step: Number of the sampling step.
+
+    Returns:
+        63 bits of a SHA-256 digest, unrelated to the seeds of initial noise.
+    """
+    digest = hashlib.sha256(f"calibri-step-noise:{picture_seed}:{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
