@@ -51,3 +51,18 @@ def check_share(name: str, value: float | None) -> None:
     """
     if value is not None and not 0 < value <= 1:
         raise UserError(f"{name} is {value}; it must lie above 0 and at most at 1. Set {name} accordingly.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a setting that is not one of a few words.
+
+    Args:
+        name: Name of the setting.
+        value: Its value.
+        choices: The words.
+
+    Raises:
+        UserError: If the value is none of them.
+    """
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}. Set {name} accordingly.")
