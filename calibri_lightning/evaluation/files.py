@@ -9,12 +9,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from calibri_lightning.atomic import replacing
 from calibri_lightning.errors import UserError
-from calibri_lightning.evaluation.bootstrap import Interval
+from calibri_lightning.evaluation.bootstrap import Interval, mean_interval
+from calibri_lightning.evaluation.diversity import Diversity
 from calibri_lightning.evaluation.summary import Budget, Comparison, Condition, Summary, summarise
 from calibri_lightning.evaluation.text import verdict
 
@@ -38,6 +40,7 @@ def to_json(summary: Summary) -> str:
             "num_forwards_per_image": c.num_forwards_per_image,
             "means": {name: _interval(mean) for name, mean in means.items()},
             "rewards": {name: [_number(r) for r in rewards] for name, rewards in c.rewards.items()},
+            "diversity": _diversity(c.diversity, summary.level),
         }
         for c, means in zip(summary.conditions, summary.means, strict=True)
     ]
@@ -87,6 +90,7 @@ def from_json(text: str) -> Summary:
                     name: np.array([math.nan if r is None else r for r in rewards])
                     for name, rewards in c["rewards"].items()
                 },
+                _read_diversity(c.get("diversity")),  # absent from the files of older versions
             )
             for c in document["conditions"]
         ]
@@ -119,6 +123,28 @@ def _interval(interval: Interval) -> Mapping[str, float | int | None]:
         "count": interval.count,
         "dropped": interval.dropped,
     }
+
+
+def _diversity(diversity: Diversity | None, level: float) -> Mapping[str, object] | None:
+    if diversity is None:
+        return None
+    measures = {"vendi": diversity.vendi, "pixel_distance": diversity.pixel_distance}
+    return {
+        "samples": diversity.samples,
+        "features": diversity.features,
+        "means": {name: _interval(mean_interval(values, level=level)) for name, values in measures.items()},
+        "prompts": {name: [_number(v) for v in values] for name, values in measures.items()},
+    }
+
+
+def _read_diversity(document: Mapping[str, Any] | None) -> Diversity | None:
+    if document is None:
+        return None
+    measured = {
+        name: tuple(math.nan if v is None else float(v) for v in document["prompts"][name])
+        for name in ("vendi", "pixel_distance")
+    }
+    return Diversity(**measured, samples=document["samples"], features=document["features"])
 
 
 def _comparison(c: Comparison) -> Mapping[str, object]:

@@ -23,6 +23,7 @@ from calibri_lightning.evaluation.bootstrap import (
     paired_interval,
     win_rate,
 )
+from calibri_lightning.evaluation.diversity import Diversity
 
 Role = Literal["base", "weights", "calibrated"]
 Against = Literal["equal NFE", "full NFE", "weights alone"]
@@ -41,6 +42,8 @@ class Condition:
         num_forwards_per_image: NFE, transformer forwards an image: steps times members.
         rewards: Reward name to float64[P], one value a picture, NaN where a reward failed. All conditions
             hold the same (prompt, seed) pairs in the same order.
+        diversity: How different its samples of one prompt are; None where that was not measured. All conditions hold
+            the same prompts and seeds in the same order.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Condition:
     num_steps: int
     num_forwards_per_image: int
     rewards: Mapping[str, FloatArray]
+    diversity: Diversity | None = None
 
     def __post_init__(self) -> None:
         """Store the rewards as read-only float64 vectors."""
