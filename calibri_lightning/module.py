@@ -58,6 +58,8 @@ class CalibriModule(LightningModule):
             for a reward that must run in the main thread (signals, connections that belong to a thread).
         init_from: A calibration.json, or a run folder that holds one, to start from.
         num_grid_prompts: Prompts of the before/after grid.
+        num_diversity_prompts: Test prompts of which every condition draws 8 samples, to report how different they are;
+            0 for none.
         seed: Seed of noise and search; follows seed_everything on the command line.
 
     Raises:
@@ -77,13 +79,14 @@ class CalibriModule(LightningModule):
         overlap_scoring: bool = True,
         init_from: str | None = None,
         num_grid_prompts: int = 12,
+        num_diversity_prompts: int = 8,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_steps < 1 or full_num_steps < 0 or num_grid_prompts < 0 or seed < 0:
+        if num_steps < 1 or min(full_num_steps, num_grid_prompts, num_diversity_prompts, seed) < 0:
             raise UserError(
                 f"num_steps={num_steps}, full_num_steps={full_num_steps}, num_grid_prompts={num_grid_prompts}, "
-                f"seed={seed}: num_steps must be at least 1 and the others at least 0. Correct it under model."
+                f"num_diversity_prompts={num_diversity_prompts}, seed={seed}: num_steps must be at least 1 and the others at least 0. Correct it under model."
             )
         # Strategies differ in what a step is: CMA-ES has no optimiser, GRPO takes several steps a batch.
         self.automatic_optimization = False
@@ -92,6 +95,7 @@ class CalibriModule(LightningModule):
         self.backbone, self.strategy, self.rewards = backbone, strategy, RewardSet(rewards)
         self.num_steps, self.full_num_steps, self.seed = num_steps, full_num_steps, seed
         self.init_from, self.num_grid_prompts = init_from, num_grid_prompts
+        self.num_diversity_prompts = num_diversity_prompts
         # Text encoders that come and go are not for Lightning to move.
         self.networks = backbone.resident_modules()
         self.budget = Budget(images=0, forwards=0, device_seconds=0.0)

@@ -15,9 +15,16 @@ import numpy as np
 
 from calibri_lightning.atomic import replacing
 from calibri_lightning.errors import UserError
-from calibri_lightning.evaluation.bootstrap import Interval, mean_interval
+from calibri_lightning.evaluation.bootstrap import Interval
 from calibri_lightning.evaluation.diversity import Diversity
-from calibri_lightning.evaluation.summary import Budget, Comparison, Condition, Summary, summarise
+from calibri_lightning.evaluation.summary import (
+    Budget,
+    Comparison,
+    Condition,
+    DiversityIntervals,
+    Summary,
+    summarise,
+)
 from calibri_lightning.evaluation.text import verdict
 
 FORMAT_VERSION = 1
@@ -40,7 +47,7 @@ def to_json(summary: Summary) -> str:
             "num_forwards_per_image": c.num_forwards_per_image,
             "means": {name: _interval(mean) for name, mean in means.items()},
             "rewards": {name: [_number(r) for r in rewards] for name, rewards in c.rewards.items()},
-            "diversity": _diversity(c.diversity, summary.level),
+            "diversity": None if c.diversity is None else _diversity(c.diversity),
         }
         for c, means in zip(summary.conditions, summary.means, strict=True)
     ]
@@ -56,6 +63,13 @@ def to_json(summary: Summary) -> str:
             "device_seconds": summary.budget.device_seconds,
         },
         "comparisons": [_comparison(c) for c in summary.comparisons],
+        "diversity": {
+            "means": {c.name: _intervals(d) for c, d in zip(summary.conditions, summary.diversity, strict=False)},
+            "comparisons": [
+                {"calibrated": c.calibrated, "base": c.base, "against": c.against, **_intervals(c.differences)}
+                for c in summary.diversity_comparisons
+            ],
+        },
         "conditions": conditions,
         "clusters": None if summary.clusters is None else list(summary.clusters),
     }
@@ -125,26 +139,27 @@ def _interval(interval: Interval) -> Mapping[str, float | int | None]:
     }
 
 
-def _diversity(diversity: Diversity | None, level: float) -> Mapping[str, object] | None:
-    if diversity is None:
-        return None
-    measures = {"vendi": diversity.vendi, "pixel_distance": diversity.pixel_distance}
+def _diversity(diversity: Diversity) -> Mapping[str, object]:
     return {
         "samples": diversity.samples,
         "features": diversity.features,
-        "means": {name: _interval(mean_interval(values, level=level)) for name, values in measures.items()},
-        "prompts": {name: [_number(v) for v in values] for name, values in measures.items()},
+        "vendi": [_number(value) for value in diversity.vendi],
+        "pixel_distance": [_number(value) for value in diversity.pixel_distance],
     }
+
+
+def _intervals(diversity: DiversityIntervals) -> Mapping[str, object]:
+    return {"vendi": _interval(diversity.vendi), "pixel_distance": _interval(diversity.pixel_distance)}
 
 
 def _read_diversity(document: Mapping[str, Any] | None) -> Diversity | None:
     if document is None:
         return None
-    measured = {
-        name: tuple(math.nan if v is None else float(v) for v in document["prompts"][name])
+    vendi, distance = (
+        tuple(math.nan if value is None else float(value) for value in document[name])
         for name in ("vendi", "pixel_distance")
-    }
-    return Diversity(**measured, samples=document["samples"], features=document["features"])
+    )
+    return Diversity(vendi, distance, document["samples"], document["features"])
 
 
 def _comparison(c: Comparison) -> Mapping[str, object]:

@@ -6,4 +6,13 @@ from calibri_lightning.rewards.base import FunctionReward, Reward, RewardError, 
 from calibri_lightning.rewards.combine import Features, RewardSet, Scores
 from calibri_lightning.rewards.finding import RewardConfig
 
-__all__ = ["Features", "FunctionReward", "Reward", "RewardConfig", "RewardError", "RewardFunction", "RewardSet", "Scores"]
+__all__ = [
+    "Features",
+    "FunctionReward",
+    "Reward",
+    "RewardConfig",
+    "RewardError",
+    "RewardFunction",
+    "RewardSet",
+    "Scores",
+]
