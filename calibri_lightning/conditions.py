@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calibri_lightning.adapters.policy import BASE
 from calibri_lightning.arrays import Floats
 from calibri_lightning.evaluation import Condition, Role
-from calibri_lightning.strategies.base import BASE, Candidate
+from calibri_lightning.strategies.base import Candidate
 
 if TYPE_CHECKING:
     from calibri_lightning.module import CalibriModule

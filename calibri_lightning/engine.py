@@ -42,7 +42,7 @@ class Engine:
         overlap_scoring: bool = True,
     ) -> None:
         self.backbone, self.layout, self.compiles = backbone, layout, compile
-        self._attachment, self._rewards, self._overlap = attachment, rewards, overlap_scoring
+        self.attachment, self._rewards, self._overlap = attachment, rewards, overlap_scoring
         self.rows_are_automatic = rows_per_forward == "auto"
         self.rows_per_forward: int | None = None
         self._evaluator: Evaluator | None = None
@@ -73,7 +73,7 @@ class Engine:
             UserError: If they are below the number of members.
         """
         self.rows_per_forward = rows
-        self._evaluator = Evaluator(self.backbone, self._attachment, self.layout, self._rewards, rows, self._overlap)
+        self._evaluator = Evaluator(self.backbone, self.attachment, self.layout, self._rewards, rows, self._overlap)
 
     def start(
         self,
@@ -102,7 +102,7 @@ class Engine:
         if self._evaluator is None:
             longest = max(prompts, key=lambda prompt: len(prompt.text), default=Prompt("", 0))
             with forward_context():
-                found = automatic_rows(self.backbone, self._attachment, self.layout, longest)
+                found = automatic_rows(self.backbone, self.attachment, self.layout, longest)
             self.use_rows(agree(found))
         if self.compiles and not self._is_compiled:
             compile_blocks(self.backbone.transformer)

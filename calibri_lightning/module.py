@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from calibri_lightning.adapters.policy import Policy
+from calibri_lightning.adapters.lora import LoraOptions, add_lora
+from calibri_lightning.adapters.policy import LIVE, Policy
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble
 from calibri_lightning.backbones import Backbone
@@ -30,7 +31,7 @@ from calibri_lightning.resume import restore_run, save_run
 from calibri_lightning.rewards import RewardConfig, RewardSet
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
-from calibri_lightning.strategies.base import LIVE, Candidate, Strategy
+from calibri_lightning.strategies.base import Candidate, Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
 from calibri_lightning.trace import Trace
 from calibri_lightning.validation import Validation, validate
@@ -57,8 +58,11 @@ class CalibriModule(LightningModule):
             then faster forwards. Needs a C++ compiler. Part of the result's last bits.
         overlap_scoring: Score pictures in a second thread while the next ones are sampled; no result depends on it. Off
             for a reward that must run in the main thread (signals, connections that belong to a thread).
+        lora: The LoRA, where the strategy trains one.
         init_from: A calibration.json, or a run folder that holds one, to start from.
         num_grid_prompts: Prompts of the before/after grid.
+        num_diversity_prompts: Test prompts of which every condition draws 8 samples, to report how different they are;
+            0 for none.
         seed: Seed of noise and search; follows seed_everything on the command line.
 
     Raises:
@@ -76,15 +80,19 @@ class CalibriModule(LightningModule):
         rows_per_forward: int | Literal["auto"] = "auto",
         compile: bool = False,
         overlap_scoring: bool = True,
+        lora: LoraOptions | None = None,
         init_from: str | None = None,
         num_grid_prompts: int = 12,
+        num_diversity_prompts: int = 8,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_steps < 1 or full_num_steps < 0 or num_grid_prompts < 0 or seed < 0:
+        if num_steps < 1 or min(full_num_steps, num_grid_prompts, num_diversity_prompts, seed) < 0:
             raise UserError(
                 f"num_steps={num_steps}, full_num_steps={full_num_steps}, num_grid_prompts={num_grid_prompts}, "
-                f"seed={seed}: num_steps must be at least 1 and the others at least 0. Correct it under model."
+                f"num_diversity_prompts={num_diversity_prompts}, "
+                f"seed={seed}: num_steps must be at least 1 and "
+                "the others at least 0. Correct it under model."
             )
         # Strategies differ in what a step is: CMA-ES has no optimiser, GRPO takes several steps a batch.
         self.automatic_optimization = False
@@ -93,6 +101,7 @@ class CalibriModule(LightningModule):
         self.backbone, self.strategy, self.rewards = backbone, strategy, RewardSet(rewards)
         self.num_steps, self.full_num_steps, self.seed = num_steps, full_num_steps, seed
         self.init_from, self.num_grid_prompts = init_from, num_grid_prompts
+        self.num_diversity_prompts = num_diversity_prompts
         # Text encoders that come and go are not for Lightning to move.
         self.networks = backbone.resident_modules()
         self.budget = Budget(images=0, forwards=0, device_seconds=0.0)
@@ -100,13 +109,17 @@ class CalibriModule(LightningModule):
         self.trace = Trace()
         self.resumed_step: int | None = None
         self.run_dir = Path()
+        if strategy.trains in ("lora", "both"):
+            add_lora(backbone.transformer, lora or LoraOptions(), seed)
         self.layout, attachment = assemble(backbone, calibration)
         self.start_theta: Floats = (
             load_start(init_from, self.layout, backbone.transformer) if init_from else self.layout.start
         )
         # A parameter, for DDP wants one and broadcasts buffers; float64, for it is the answer itself.
         self.theta = nn.Parameter(torch.from_numpy(self.start_theta.copy()))
-        self.policy = Policy(self.theta, backbone.transformer, strategy.trains)
+        self.policy = Policy(
+            self.theta, backbone.transformer, strategy.trains, torch.from_numpy(self.layout.start.copy())
+        )
         self.start = self.answer = Candidate(self.start_theta)
         self.engine = Engine(
             backbone, attachment, self.layout, self.rewards, rows_per_forward, compile, overlap_scoring

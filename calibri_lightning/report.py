@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from calibri_lightning.arrays import Floats
+from calibri_lightning.adapters.policy import BASE
 from calibri_lightning.calibration import CalibrationFile, ObtainedBy, fingerprint, write_calibration
 from calibri_lightning.calibration.files import CALIBRATION
+from calibri_lightning.diversity import SAMPLES, diversities
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation import (
     Convergence,
+    Diversity,
     Panel,
     plot_convergence,
     plot_scales,
@@ -29,7 +31,7 @@ from calibri_lightning.evaluation import (
 )
 from calibri_lightning.prompts import PromptBatch
 from calibri_lightning.sampling.noise import TEST_STEP
-from calibri_lightning.strategies.base import BASE, Candidate
+from calibri_lightning.strategies.base import Candidate
 
 if TYPE_CHECKING:
     from calibri_lightning.conditions import Conditions
@@ -124,7 +126,8 @@ class RunReport:
         if best is not None and best.origin == "start":
             print("Nothing better than the start was found. More steps may help, or more prompts a step.")
         elif best is not None:
-            print(f"Chosen on the validation prompts: the {best.origin} after {best.generation} {module.strategy.words.step}s.")
+            step = module.strategy.words.step
+            print(f"Chosen on the validation prompts: the {best.origin} after {best.generation} {step}s.")
         reason = getattr(module.strategy, "stop_reason", None)
         if reason:
             print(f"Stopped early: {reason}.")
@@ -140,10 +143,13 @@ class RunReport:
         """
         module = self.module
         panels, captions = self._panels(conditions)
+        diversity = self._diversity(conditions)
         if not self.speaks:
             return
         calibration = self._tested() if conditions.has_calibrated else "none: the scales are those of the base model"
         results = conditions.results(len(module.layout.members))
+        if diversity:
+            results = [replace(result, diversity=own) for result, own in zip(results, diversity, strict=True)]
         summary = summarise(results, module.reward_name, module.budget, calibration)
         self._folder()
         write_summary(self.folder / "summary.json", summary)
@@ -181,6 +187,15 @@ class RunReport:
             assert isinstance(whole, Tensor)
             panels.append(Panel(way.name, whole.cpu()))
         return panels, [prompt.text for prompt in batch.prompts]
+
+    def _diversity(self, conditions: Conditions) -> tuple[Diversity, ...]:
+        """How different samples of the first test prompts are, under every condition; all ranks draw."""
+        module = self.module
+        data: Any = getattr(module.trainer, "datamodule", None)
+        prompts = () if data is None else data.prompts("test")[: module.num_diversity_prompts]
+        if prompts and self.speaks:
+            print(f"Diversity: {SAMPLES} samples of each of {len(prompts)} prompts under every condition", flush=True)
+        return diversities(module, conditions.ways, prompts)
 
     def draw(self, batch: PromptBatch) -> list[str]:
         """Draws prompts with the module's theta and writes them.

@@ -9,13 +9,22 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from calibri_lightning.atomic import replacing
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.bootstrap import Interval
-from calibri_lightning.evaluation.summary import Budget, Comparison, Condition, Summary, summarise
+from calibri_lightning.evaluation.diversity import Diversity
+from calibri_lightning.evaluation.summary import (
+    Budget,
+    Comparison,
+    Condition,
+    DiversityIntervals,
+    Summary,
+    summarise,
+)
 from calibri_lightning.evaluation.text import verdict
 
 FORMAT_VERSION = 1
@@ -38,6 +47,7 @@ def to_json(summary: Summary) -> str:
             "num_forwards_per_image": c.num_forwards_per_image,
             "means": {name: _interval(mean) for name, mean in means.items()},
             "rewards": {name: [_number(r) for r in rewards] for name, rewards in c.rewards.items()},
+            "diversity": None if c.diversity is None else _diversity(c.diversity),
         }
         for c, means in zip(summary.conditions, summary.means, strict=True)
     ]
@@ -53,6 +63,13 @@ def to_json(summary: Summary) -> str:
             "device_seconds": summary.budget.device_seconds,
         },
         "comparisons": [_comparison(c) for c in summary.comparisons],
+        "diversity": {
+            "means": {c.name: _intervals(d) for c, d in zip(summary.conditions, summary.diversity, strict=False)},
+            "comparisons": [
+                {"calibrated": c.calibrated, "base": c.base, "against": c.against, **_intervals(c.differences)}
+                for c in summary.diversity_comparisons
+            ],
+        },
         "conditions": conditions,
         "clusters": None if summary.clusters is None else list(summary.clusters),
     }
@@ -87,6 +104,7 @@ def from_json(text: str) -> Summary:
                     name: np.array([math.nan if r is None else r for r in rewards])
                     for name, rewards in c["rewards"].items()
                 },
+                _read_diversity(c.get("diversity")),  # absent from the files of older versions
             )
             for c in document["conditions"]
         ]
@@ -119,6 +137,29 @@ def _interval(interval: Interval) -> Mapping[str, float | int | None]:
         "count": interval.count,
         "dropped": interval.dropped,
     }
+
+
+def _diversity(diversity: Diversity) -> Mapping[str, object]:
+    return {
+        "samples": diversity.samples,
+        "features": diversity.features,
+        "vendi": [_number(value) for value in diversity.vendi],
+        "pixel_distance": [_number(value) for value in diversity.pixel_distance],
+    }
+
+
+def _intervals(diversity: DiversityIntervals) -> Mapping[str, object]:
+    return {"vendi": _interval(diversity.vendi), "pixel_distance": _interval(diversity.pixel_distance)}
+
+
+def _read_diversity(document: Mapping[str, Any] | None) -> Diversity | None:
+    if document is None:
+        return None
+    vendi, distance = (
+        tuple(math.nan if value is None else float(value) for value in document[name])
+        for name in ("vendi", "pixel_distance")
+    )
+    return Diversity(vendi, distance, document["samples"], document["features"])
 
 
 def _comparison(c: Comparison) -> Mapping[str, object]:

@@ -23,6 +23,7 @@ from calibri_lightning.evaluation.bootstrap import (
     paired_interval,
     win_rate,
 )
+from calibri_lightning.evaluation.diversity import Diversity
 
 Role = Literal["base", "start", "weights", "calibrated"]
 Against = Literal["equal NFE", "full NFE", "start", "weights alone"]
@@ -41,6 +42,8 @@ class Condition:
         num_forwards_per_image: NFE, transformer forwards an image: steps times members.
         rewards: Reward name to float64[P], one value a picture, NaN where a reward failed. All conditions
             hold the same (prompt, seed) pairs in the same order.
+        diversity: How different its samples of one prompt are; None where that was not measured. All conditions hold
+            the same prompts and seeds in the same order.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Condition:
     num_steps: int
     num_forwards_per_image: int
     rewards: Mapping[str, FloatArray]
+    diversity: Diversity | None = None
 
     def __post_init__(self) -> None:
         """Store the rewards as read-only float64 vectors."""
@@ -58,14 +62,39 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class DiversityIntervals:
+    """The mean over prompts of both measures of diversity, or of their paired differences."""
+
+    vendi: Interval
+    pixel_distance: Interval
+
+
+@dataclass(frozen=True)
+class DiversityComparison:
+    """The diversity of a calibrated condition against that of another one, prompt by prompt.
+
+    Attributes:
+        calibrated: Name of the calibrated condition.
+        base: Name of the condition that it is compared with.
+        against: As in `Comparison`.
+        differences: Means of calibrated minus base.
+    """
+
+    calibrated: str
+    base: str
+    against: Against
+    differences: DiversityIntervals
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A calibrated condition against another one, in one reward, pair by pair.
 
     Attributes:
         calibrated: Name of the calibrated condition.
         base: Name of the condition that it is compared with.
-        against: `equal NFE`: a base that costs as much; `full NFE`: the most expensive base; `start`: what the run began
-            with; `weights alone`: the same member weights, all scales 1.
+        against: `equal NFE`: a base that costs as much; `full NFE`: the most expensive base; `start`: what the run
+            began with; `weights alone`: the same member weights, all scales 1.
         reward: Name of the reward.
         difference: Mean of calibrated minus base, with its interval.
         wins: Pairs in which the calibrated picture scored higher, the same or lower.
@@ -114,6 +143,8 @@ class Summary:
         clusters: The prompt index of each reward value; None when every value has a prompt of its own.
         level: Confidence of all intervals.
         means: For each condition, in order, the mean of each reward with its interval.
+        diversity: For each condition, in order, its diversity; empty unless all were measured.
+        diversity_comparisons: Calibrated against base; empty like `diversity`.
     """
 
     reward: str
@@ -124,6 +155,8 @@ class Summary:
     clusters: tuple[int, ...] | None
     level: float
     means: tuple[Mapping[str, Interval], ...]
+    diversity: tuple[DiversityIntervals, ...]
+    diversity_comparisons: tuple[DiversityComparison, ...]
 
     def compared(self, against: Against, reward: str | None = None) -> tuple[Comparison, ...]:
         """The comparisons of one kind in one reward, the optimised one unless told."""
@@ -171,7 +204,35 @@ def summarise(
         for calibrated, base, against in _rivals(conditions)
         for name in calibrated.rewards
     )
-    return Summary(reward, tuple(conditions), comparisons, budget, str(calibration), members, level, means)
+    diversity = _diversity(conditions, level)
+    return Summary(reward, tuple(conditions), comparisons, budget, str(calibration), members, level, means, *diversity)
+
+
+def _diversity(
+    conditions: Sequence[Condition], level: float
+) -> tuple[tuple[DiversityIntervals, ...], tuple[DiversityComparison, ...]]:
+    """The diversity of each condition, and of each pair that is compared; a prompt is one value."""
+    measured = {c.name: c.diversity for c in conditions if c.diversity is not None}
+    if len(measured) < len(conditions):
+        return (), ()
+
+    def differences(first: Diversity, second: Diversity) -> DiversityIntervals:
+        return DiversityIntervals(
+            paired_interval(first.vendi, second.vendi, level=level),
+            paired_interval(first.pixel_distance, second.pixel_distance, level=level),
+        )
+
+    means = [
+        DiversityIntervals(mean_interval(d.vendi, level=level), mean_interval(d.pixel_distance, level=level))
+        for d in measured.values()
+    ]
+    comparisons = [
+        DiversityComparison(
+            calibrated.name, base.name, against, differences(measured[calibrated.name], measured[base.name])
+        )
+        for calibrated, base, against in _rivals(conditions)
+    ]
+    return tuple(means), tuple(comparisons)
 
 
 def _rivals(conditions: Sequence[Condition]) -> Iterator[tuple[Condition, Condition, Against]]:

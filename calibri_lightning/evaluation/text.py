@@ -7,9 +7,10 @@ import textwrap
 from collections.abc import Sequence
 
 from calibri_lightning.evaluation.bootstrap import Interval
-from calibri_lightning.evaluation.summary import AGAINST, Comparison, Condition, Summary
+from calibri_lightning.evaluation.summary import AGAINST, Comparison, Condition, DiversityComparison, Summary
 
 _GAP = "   "
+_Row = tuple[str, list[str]]
 
 
 def decimals(width: float) -> int:
@@ -75,6 +76,24 @@ def _sentence(comparison: Comparison, calibrated: Condition, base: Condition, le
     return f"{subject} {verb} {comparison.base}{cost}: {numbers} {source}."
 
 
+def _diversity_sentences(summary: Summary) -> list[str]:
+    """Whether the calibrated samples of a prompt are more or less alike than those of the base that costs as much."""
+    prompts = {c.name: c.diversity.prompts for c in summary.conditions if c.diversity is not None}
+    sentences = []
+    for comparison in (c for c in summary.diversity_comparisons if c.against == "equal NFE"):
+        vendi = comparison.differences.vendi
+        if math.isnan(vendi.low):
+            continue
+        kind = "no clear difference in diversity from"
+        if vendi.excludes(0.0):
+            kind = "more diversity than" if vendi.mean > 0 else "less diversity than"
+        sentences.append(
+            f"The samples of a prompt show {kind} those of {comparison.base}: Vendi score "
+            f"{format_interval(vendi, signed=True)} ({prompts[comparison.base]} prompts, {summary.level:.0%} interval)."
+        )
+    return sentences
+
+
 def render_table(summary: Summary, width: int = 100) -> str:
     """Draw the summary for a terminal.
 
@@ -89,22 +108,15 @@ def render_table(summary: Summary, width: int = 100) -> str:
     rewards = list(summary.conditions[0].rewards)
     rewards.sort(key=lambda name: name != summary.reward)  # the optimised one first, the others as given
     titles = [f"{name} (optimised)" if name == summary.reward else name for name in rewards]
-    means = _means_block(summary, rewards)
-    differences = _differences_block(summary, rewards)
-    head = [
+    means, differences = _means_block(summary, rewards), _differences_block(summary, rewards)
+    heads = (
         f"mean reward [{summary.level:.0%} interval]",
         f"{_answer(summary)} minus base, paired [{summary.level:.0%} interval]",
-    ]
-    columns = [[title, *(row[1][i] for row in (*means, *differences))] for i, title in enumerate(titles)]
-    labels = ["", *(row[0] for row in (*means, *differences))]
-    blocks = []
-    for group in _fit(columns, width - max(map(len, labels)) - len(_GAP)):
-        lines = _align([labels, *group])
-        rule = "-" * max(map(len, lines))
-        top, middle = lines[: 1 + len(means)], lines[1 + len(means) :]
-        blocks += [head[0], *top[:1], rule, *top[1:], *(["", head[1], rule, *middle] if middle else []), ""]
+    )
+    blocks = [*_block(heads, titles, means, differences, width), *_diversity_block(summary, width)]
     footnote = ["* the interval excludes 0; win / tie / loss are shares of pairs", ""] if differences else []
-    sentences = [line for s in (_sentences(summary) or [verdict(summary)]) for line in textwrap.wrap(s, width)]
+    spoken = [*(_sentences(summary) or [verdict(summary)]), *_diversity_sentences(summary)]
+    sentences = [line for sentence in spoken for line in textwrap.wrap(sentence, width)]
     return "\n".join(line.rstrip() for line in (*blocks, *footnote, *sentences, *_closing(summary)))
 
 
@@ -114,38 +126,85 @@ def _answer(summary: Summary) -> str:
     return names[0].split(" @ ")[0] if names else "calibrated"
 
 
-_Row = tuple[str, list[str]]
+def _block(
+    heads: tuple[str, str], titles: Sequence[str], means: Sequence[_Row], differences: Sequence[_Row], width: int
+) -> list[str]:
+    """Means above and differences below, under their heads; columns that do not fit go into a further block."""
+    columns = [[title, *(row[1][i] for row in (*means, *differences))] for i, title in enumerate(titles)]
+    labels = ["", *(row[0] for row in (*means, *differences))]
+    lines = []
+    for group in _fit(columns, width - max(map(len, labels)) - len(_GAP)):
+        rows = _align([labels, *group])
+        rule = "-" * max(map(len, rows))
+        top, middle = rows[: 1 + len(means)], rows[1 + len(means) :]
+        lines += [heads[0], *top[:1], rule, *top[1:], *(["", heads[1], rule, *middle] if middle else []), ""]
+    return lines
 
 
 def _means_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
     """A row for each condition: its name and NFE, then its mean of each reward, to the digits it needs."""
     places = {name: max(_places(means[name]) for means in summary.means) for name in rewards}
+    return [
+        (label, [format_interval(means[name], places=places[name]) for name in rewards])
+        for label, means in zip(_labels(summary), summary.means, strict=True)
+    ]
+
+
+def _labels(summary: Summary) -> list[str]:
+    """Name and NFE of each condition."""
     names = max(len(c.name) for c in summary.conditions)
     costs = max(len(str(c.num_forwards_per_image)) for c in summary.conditions)
-    return [
-        (
-            f"{c.name:<{names}}  {c.num_forwards_per_image:>{costs}} NFE",
-            [format_interval(means[name], places=places[name]) for name in rewards],
-        )
-        for c, means in zip(summary.conditions, summary.means, strict=True)
-    ]
+    return [f"{c.name:<{names}}  {c.num_forwards_per_image:>{costs}} NFE" for c in summary.conditions]
 
 
 def _differences_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
     """Two rows for each compared pair of conditions: differences, then shares of wins, ties and losses."""
-    several = len({c.calibrated for c in summary.comparisons}) > 1
     rows: list[_Row] = []
     for first in (comparison for against in AGAINST for comparison in summary.compared(against)):
         pair = (first.calibrated, first.base, first.against)
         found = {c.reward: c for c in summary.comparisons if (c.calibrated, c.base, c.against) == pair}
-        label = f"{first.calibrated} - {first.base}" if several else f"against {first.base}"
-        if first.against not in ("start", "weights alone"):  # which the name says already
-            label += f"  ({first.against})"
-        stars = [" *" if found[name].difference.excludes(0.0) else "" for name in rewards]
-        texts = [format_interval(found[name].difference, signed=True) for name in rewards]
-        rows.append((label, [t + s for t, s in zip(texts, stars, strict=True)]))
+        rows.append((_rivals(summary, first), [_difference(found[name].difference) for name in rewards]))
         rows.append(("  win / tie / loss", [_shares(found[name]) for name in rewards]))
     return rows
+
+
+def _rivals(summary: Summary, comparison: Comparison | DiversityComparison) -> str:
+    """What is compared with what."""
+    several = len({c.calibrated for c in summary.comparisons}) > 1
+    label = f"{comparison.calibrated} - {comparison.base}" if several else f"against {comparison.base}"
+    # The names of the start and of the weights alone say already what they are.
+    return label if comparison.against in ("start", "weights alone") else f"{label}  ({comparison.against})"
+
+
+def _difference(interval: Interval) -> str:
+    return format_interval(interval, signed=True) + (" *" if interval.excludes(0.0) else "")
+
+
+def _diversity_block(summary: Summary, width: int) -> list[str]:
+    """Diversity of each condition, then paired differences; nothing where it was not measured."""
+    measured = next((c.diversity for c in summary.conditions if summary.diversity), None)
+    if measured is None:
+        return []
+    places = [
+        max(_places(interval) for interval in intervals)
+        for intervals in zip(*((d.vendi, d.pixel_distance) for d in summary.diversity), strict=True)
+    ]
+    means = [
+        (label, [format_interval(i, places=p) for i, p in zip((d.vendi, d.pixel_distance), places, strict=True)])
+        for label, d in zip(_labels(summary), summary.diversity, strict=True)
+    ]
+    ordered = sorted(summary.diversity_comparisons, key=lambda c: AGAINST.index(c.against))
+    differences = [
+        (_rivals(summary, c), [_difference(c.differences.vendi), _difference(c.differences.pixel_distance)])
+        for c in ordered
+    ]
+    heads = (
+        f"diversity of {measured.samples} samples of a prompt, {measured.prompts} prompts "
+        f"[{summary.level:.0%} interval]",
+        f"calibrated minus base, paired [{summary.level:.0%} interval]",
+    )
+    titles = [f"Vendi score, 1 to {measured.samples} ({measured.features})", "pixel distance"]
+    return _block(heads, titles, means, differences, width)
 
 
 def _places(interval: Interval) -> int:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from calibri_lightning.rewards.base import FunctionReward, Reward, RewardError, RewardFunction
-from calibri_lightning.rewards.combine import RewardSet, Scores
+from calibri_lightning.rewards.combine import Features, RewardSet, Scores
 from calibri_lightning.rewards.finding import RewardConfig
 
-__all__ = ["FunctionReward", "Reward", "RewardConfig", "RewardError", "RewardFunction", "RewardSet", "Scores"]
+__all__ = [
+    "Features",
+    "FunctionReward",
+    "Reward",
+    "RewardConfig",
+    "RewardError",
+    "RewardFunction",
+    "RewardSet",
+    "Scores",
+]

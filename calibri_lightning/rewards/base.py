@@ -75,6 +75,23 @@ class Reward(ABC):
         """
         return {self.name: self(images, prompts)}
 
+    def features(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Describes pictures, so that the diversity of the samples of one prompt can be measured.
+
+        A reward that knows what matters in a picture knows best what makes two pictures different. Without features,
+        pictures are compared pixel by pixel.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: The prompt of each picture.
+
+        Returns:
+            [B, F], F the same for all prompts, scaled so that a Euclidean distance of 1 between two samples of a prompt
+            is a visible difference (similarity 0.61) and one of 3 a complete one (0.01); NaN in the row of a picture
+            that cannot be described. None if the reward has no features.
+        """
+        return None
+
 
 class FunctionReward(Reward):
     """A plain function as a reward."""
@@ -141,6 +158,43 @@ def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -
             "its `measure`."
         )
     return {name: _check(reward.name, name, measured[name], images) for name in names}
+
+
+def features_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor | None:
+    """Asks a reward for features and checks what it returns.
+
+    Args:
+        reward: The reward.
+        images: float32 [B, 3, H, W] in 0..1.
+        prompts: The prompt of each picture.
+
+    Returns:
+        float32 [B, F] on the pictures' device, or None if the reward has no features.
+
+    Raises:
+        RewardError: If the reward raises.
+        UserError: If it returns something other than one row a picture.
+    """
+    try:
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            found = reward.features(images, prompts)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"The features of the reward {reward.name!r} raised {type(error).__name__}: {error}. A picture that cannot "
+            "be described has a row of NaN. Correct the reward, or test without diversity: "
+            "--model.num_diversity_prompts=0."
+        ) from error
+    if found is None:
+        return None
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images) or found.is_complex():
+        kind = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise UserError(
+            f"The features of the reward {reward.name!r} are {kind}; the rule is a real torch tensor [{len(images)}, "
+            "F], one row a picture. Correct the reward."
+        )
+    return found.detach().to(images.device, torch.float32)
 
 
 def _check(reward: str, name: str, scores: object, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
-from calibri_lightning.rewards.base import Reward, measure_checked
+from calibri_lightning.rewards.base import Reward, features_checked, measure_checked
 from calibri_lightning.rewards.finding import RewardConfig, find_reward
 
 
@@ -24,6 +24,16 @@ class Scores:
     """Weighted sum, float32 [B]; NaN where a reward of non-zero weight is NaN."""
     each: Mapping[str, Tensor]
     """float32 [B] of every reward and extra metric, in the order of `RewardSet.names`."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What describes a batch of pictures."""
+
+    reward: str
+    """The reward whose features they are."""
+    values: Tensor
+    """float32 [B, F]; see `Reward.features`."""
 
 
 class RewardSet:
@@ -144,3 +154,22 @@ class RewardSet:
                 total = total + weight * measured[reward.name]
             each.update(measured)
         return Scores(total, each)
+
+    def features(self, images: Tensor, prompts: Sequence[Prompt]) -> Features | None:
+        """Describes pictures by the first reward that can.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: The prompt of each picture.
+
+        Returns:
+            The features, on the pictures' device; None if no reward has any.
+
+        Raises:
+            UserError: If a reward raises or does not return one row a picture.
+        """
+        for reward, _ in self.weighted:
+            values = features_checked(reward, images, prompts)
+            if values is not None:
+                return Features(reward.name, values)
+        return None

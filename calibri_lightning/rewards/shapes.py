@@ -66,6 +66,23 @@ class ShapesReward(Reward):
         scores = self._checker.score(images, [Scene.from_metadata(prompt.metadata) for prompt in prompts])
         return {"shapes": scores.soft, "shapes_strict": scores.strict}
 
+    def features(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Describes pictures by place, size and presence of the objects of their captions.
+
+        Args:
+            images: float32 [B, 3, H, W] in 0..1.
+            prompts: Prompts with a scene.
+
+        Returns:
+            [B, F].
+
+        Raises:
+            UserError: If a prompt's metadata describes no scene.
+        """
+        from calibri_lightning.shapes.attributes import attributes
+
+        return attributes(images, [Scene.from_metadata(prompt.metadata) for prompt in prompts])
+
     @cached_property
     def _checker(self) -> Checker:
         from calibri_lightning.shapes.checker import Checker

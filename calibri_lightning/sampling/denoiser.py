@@ -141,7 +141,9 @@ class Denoiser:
             RuntimeError: Outside of `attached`.
         """
         if self._weights is None:
-            raise RuntimeError("velocities are asked for outside of `with denoiser.attached()`, where no scales are set")
+            raise RuntimeError(
+                "velocities are asked for outside of `with denoiser.attached()`, where no scales are set"
+            )
         batch, count = self._weights.shape
         x_rows, sigma_rows = x.repeat_interleave(count, dim=0), sigma.repeat_interleave(count)
         velocity = self.backbone.velocity(x_rows, sigma_rows, self._conditioning)

@@ -59,6 +59,19 @@ class Kernel(ABC):
             The standard deviation, shaped as sigma; 0 for a step that adds none.
         """
 
+    def coefficient(self, sigma: Tensor, sigma_next: Tensor, sigma_second: Tensor) -> Tensor:
+        """What the KL between means is measured against: s(sigma) of an SDE, otherwise the noise of the step.
+
+        Args:
+            sigma: Present noise level.
+            sigma_next: Next, smaller noise level.
+            sigma_second: Second level of the schedule.
+
+        Returns:
+            The coefficient, shaped as sigma.
+        """
+        return self.std(sigma, sigma_next, sigma_second)
+
     @abstractmethod
     def transition(
         self, x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_second: Tensor
@@ -116,6 +129,10 @@ class _ReverseSDE(Kernel):
         pull = self._diffusion(sigma, sigma_second).square() * dt / (2 * sigma)
         mean = x * (1 + pull) + velocity * (dt + pull * (1 - sigma))
         return Transition(mean, self.std(sigma, sigma_next, sigma_second))
+
+    def coefficient(self, sigma: Tensor, sigma_next: Tensor, sigma_second: Tensor) -> Tensor:
+        """The SDE's own s(sigma), without the length of the step."""
+        return self._diffusion(sigma, sigma_second)
 
     def log_prob(self, x_next: Tensor, transition: Transition) -> Tensor:
         """Logarithm of the normal density, averaged over all dimensions but the first."""

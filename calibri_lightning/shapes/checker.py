@@ -12,7 +12,7 @@ with the product did strict accuracy follow (docs/log.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -225,6 +225,28 @@ def shape_credit(overlap: Floats, shape: str) -> Floats:
     return 0.5 * (far + near) * share[:, SHAPES.index(shape)] / share.sum(1)
 
 
+def assign(scene: Scene, found: Sequence[Components]) -> Iterator[tuple[Components, Floats, list[int]]]:
+    """Decides which components stand for which object of a scene.
+
+    Args:
+        scene: What a picture should show.
+        found: Its components, by colour.
+
+    Yields:
+        For each object of the scene the components of its colour, how surely each has its shape, and which of them
+        stand for it, the surest first; at most as many as its count.
+    """
+    # Two objects of one colour share its components: each takes those that look most like it.
+    taken: dict[str, list[int]] = {}
+    for wanted in scene.objects:
+        components = found[COLOURS.index(wanted.colour)]
+        credit = shape_credit(components.overlap, wanted.shape)
+        free = [int(i) for i in np.argsort(-credit, kind="stable") if i not in taken.get(wanted.colour, [])]
+        chosen = free[: wanted.count]
+        taken.setdefault(wanted.colour, []).extend(chosen)
+        yield components, credit, chosen
+
+
 def score_scene(scene: Scene, found: Sequence[Components], haze: float) -> tuple[float, float]:
     """Scores one picture.
 
@@ -238,14 +260,7 @@ def score_scene(scene: Scene, found: Sequence[Components], haze: float) -> tuple
     """
     soft, strict, explained = 1.0, True, 0.0
     anchors: list[tuple[Floats, float]] = []
-    # Two objects of one colour share its components: each takes those that look most like it.
-    taken: dict[str, list[int]] = {}
-    for wanted in scene.objects:
-        components = found[COLOURS.index(wanted.colour)]
-        credit = shape_credit(components.overlap, wanted.shape)
-        free = [i for i in np.argsort(-credit, kind="stable") if i not in taken.get(wanted.colour, [])]
-        chosen = free[: wanted.count]
-        taken.setdefault(wanted.colour, []).extend(chosen)
+    for wanted, (components, credit, chosen) in zip(scene.objects, assign(scene, found), strict=True):
         explained += float(components.area[chosen].sum())
         soft *= float(credit[chosen].sum()) / wanted.count  # what is missing counts as 0
         fits = components.overlap[chosen]

@@ -6,6 +6,7 @@ from calibri_lightning.strategies.base import BestVector, CalibratedModule, Stra
 from calibri_lightning.strategies.budget import StopRules
 from calibri_lightning.strategies.cma_es import CMAES
 from calibri_lightning.strategies.evolution import EvolutionStrategy
+from calibri_lightning.strategies.flow_grpo import FlowGRPO
 from calibri_lightning.strategies.pair_es import PairES
 from calibri_lightning.strategies.rounds import GenerationReport
 
@@ -14,6 +15,7 @@ __all__ = [
     "BestVector",
     "CalibratedModule",
     "EvolutionStrategy",
+    "FlowGRPO",
     "GenerationReport",
     "PairES",
     "StopRules",

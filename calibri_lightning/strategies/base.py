@@ -10,15 +10,41 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lightning.pytorch.callbacks import Callback
 
-from calibri_lightning.adapters.policy import Trains
+from calibri_lightning.adapters.policy import LIVE, Trains
 from calibri_lightning.arrays import Cells, Floats
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch import nn
 
+    from calibri_lightning.adapters.policy import Policy
     from calibri_lightning.calibration.scales import Layout
+    from calibri_lightning.engine import Engine
     from calibri_lightning.prompts import Prompt, PromptBatch
+    from calibri_lightning.rewards import RewardSet
     from calibri_lightning.sampling.grid import Evaluation, UnitResult
+
+
+@dataclass(frozen=True)
+class Words:
+    """What people are told that a strategy does."""
+
+    doing: str = "Calibrating"
+    """Of the model, at the start."""
+    done: str = "calibrated"
+    """Of the result, in tables."""
+    step: str = "generation"
+    """A training step."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting of everything that a run may change, worth a score."""
+
+    theta: Floats
+    """Scales and member weights, float64 [n]."""
+    weights: str = LIVE
+    """Which copy of the trained network weights (LoRA) goes with them; see `adapters.policy.Policy`."""
 
 
 class CalibratedModule(Protocol):
@@ -30,6 +56,12 @@ class CalibratedModule(Protocol):
     num_steps: int
     run_dir: Path
     trainer: Trainer
+    engine: Engine
+    policy: Policy
+    rewards: RewardSet
+    theta: nn.Parameter
+    start: Candidate
+    answer: Candidate
 
     @property
     def judged_by(self) -> Mapping[str, str | int]:
@@ -76,6 +108,25 @@ class CalibratedModule(Protocol):
             Rewards and costs.
         """
 
+    def gather(self, values: Floats) -> Sequence[Floats]:
+        """Gives each rank's vector to every rank.
+
+        Args:
+            values: float64, of one length on all ranks.
+
+        Returns:
+            The vectors in the order of the ranks.
+        """
+
+    def spend(self, images: int, forwards: int, seconds: float) -> None:
+        """Adds to the budget what work in a fit has cost.
+
+        Args:
+            images: Pictures made and scored, over all ranks.
+            forwards: Forwards of one row over all ranks; one with its backward counts twice.
+            seconds: Seconds that all ranks took.
+        """
+
     def optimizers(self) -> Any:
         """Gives the optimizer, a stand-in of Lightning's where there is none."""
 
@@ -86,32 +137,6 @@ class CalibratedModule(Protocol):
             name: Its name.
             value: Its value.
         """
-
-
-LIVE, BASE = "live", "base"
-"""The trained network weights as they are; the network as it was before anything was trained or added."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """What people are told that a strategy does."""
-
-    doing: str = "Calibrating"
-    """Of the model, at the start."""
-    done: str = "calibrated"
-    """Of the result, in tables."""
-    step: str = "generation"
-    """A training step."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A setting of everything that a run may change, worth a score."""
-
-    theta: Floats
-    """Scales and member weights, float64 [n]."""
-    weights: str = LIVE
-    """Which copy of the trained network weights (LoRA) goes with them; see `adapters.policy.Policy`."""
 
 
 @dataclass(frozen=True, kw_only=True)

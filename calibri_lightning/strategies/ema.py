@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from calibri_lightning.strategies.checks import check_at_least
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    """A moving average of what is trained; the defaults are Flow-GRPO's."""
+
+    decay: float = 0.9
+    """Share of itself that the average keeps, in 0..1 (1 excluded)."""
+    interval: int = 8
+    """Optimiser steps from one averaging to the next."""
+    warmup: bool = True
+    """Whether the first averagings keep less: (1 + n) / (10 + n) after n optimiser steps."""
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: If one is out of range.
+        """
+        self.build()
+
+    def build(self) -> Ema:
+        """Makes an average that has not started.
+
+        Returns:
+            The average.
+        """
+        return Ema(self.decay, self.interval, self.warmup)
 
 
 class EmaState(TypedDict):

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from calibri_lightning.adapters.policy import BASE
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.kernels import CPS, FlowSDE, Kernel
 from calibri_lightning.sampling.trajectory import Replay, Trajectory, replay, roll_out
 from calibri_lightning.sampling.windows import AllSteps, Window
 from calibri_lightning.strategies.advantages import AdvantageOptions
-from calibri_lightning.strategies.base import BASE
 from calibri_lightning.strategies.budget import StopRules
 from calibri_lightning.strategies.ema import EmaOptions
 from calibri_lightning.strategies.gradient_step import AdamWOptions
 from calibri_lightning.strategies.grpo_loss import GRPOOptions, LossStats, StepNoise, StepPrediction, grpo_loss
-from calibri_lightning.strategies.policy_strategy import PolicyStrategy, UnitWork
+from calibri_lightning.strategies.policy_strategy import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicyStrategy, UnitWork
 from calibri_lightning.strategies.rollouts import Drawn
 from calibri_lightning.strategies.selection import START
 from calibri_lightning.strategies.unit_denoiser import live_rows, rows_of, unit_denoiser
@@ -24,12 +24,15 @@ from calibri_lightning.strategies.unit_denoiser import live_rows, rows_of, unit_
 if TYPE_CHECKING:
     from calibri_lightning.adapters.policy import Trains
     from calibri_lightning.sampling.denoiser import Denoiser
-    from calibri_lightning.strategies.base import TrainedModule
+    from calibri_lightning.strategies.base import CalibratedModule
     from calibri_lightning.strategies.groups import Slots
     from calibri_lightning.strategies.step_record import StepRecord
 
 Reference = Literal["base", "start"]
 """What the KL term holds the policy to: the model without LoRA and scales, or the policy as the run began."""
+
+
+_LOSS = GRPOOptions()
 
 
 class FlowGRPO(PolicyStrategy[Trajectory]):
@@ -39,9 +42,9 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         train: What is trained: scales, lora, both, or full (all weights of the transformer; small models).
         num_groups: Prompts of a training step.
         group_size: Pictures of a prompt.
-        kernel: The stochastic step: FlowSDE, DanceSDE or CPS.
+        kernel: The stochastic step: FlowSDE, DanceSDE or CPS. Default: FlowSDE at noise level 0.7.
         window: Which steps are stochastic, and trained on: AllSteps, RandomWindow (Flow-GRPO-Fast) or SlidingWindow
-            (MixGRPO).
+            (MixGRPO). Default: all but the last.
         num_steps: Sampling steps in training. Default: model.num_steps, with which is validated.
         loss: Clips, KL and GRPO-Guard.
         reference: What the KL term holds the policy to: base (no LoRA, all scales 1) or start (as the run began).
@@ -71,14 +74,14 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         train: Trains = "lora",
         num_groups: int = 8,
         group_size: int = 12,
-        kernel: Kernel = FlowSDE(),
-        window: Window = AllSteps(),
+        kernel: Kernel | None = None,
+        window: Window | None = None,
         num_steps: int | None = None,
-        loss: GRPOOptions = GRPOOptions(),
+        loss: GRPOOptions = _LOSS,
         reference: Reference = "base",
-        advantage: AdvantageOptions = AdvantageOptions(),
-        optimizer: AdamWOptions = AdamWOptions(),
-        ema: EmaOptions | None = EmaOptions(),
+        advantage: AdvantageOptions = ADVANTAGE,
+        optimizer: AdamWOptions = ADAMW,
+        ema: EmaOptions | None = EMA_OPTIONS,
         updates: int = 1,
         pictures_per_unit: int | None = None,
         gradient_checkpointing: bool = False,
@@ -112,17 +115,19 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
                 f"loss.kl is {loss.kl} and loss.kl_weight {loss.kl_weight:g}: a KL term needs both its form (mean or "
                 "velocity) and a weight above 0, and without one both are left out."
             )
-        self.kernel, self.window, self.num_steps, self.loss = kernel, window, num_steps, loss
+        self.kernel: Kernel = kernel or FlowSDE()
+        self.window: Window = window or AllSteps()
+        self.num_steps, self.loss = num_steps, loss
         self.reference, self.offload, self.ratio_tolerance = reference, offload, ratio_tolerance
 
-    def check_run(self, module: TrainedModule) -> None:
+    def check_run(self, module: CalibratedModule) -> None:
         """Checks that the window lies within the steps."""
         self.window.check(self._steps(module))
 
-    def _steps(self, module: TrainedModule) -> int:
+    def _steps(self, module: CalibratedModule) -> int:
         return self.num_steps or module.num_steps
 
-    def draw(self, module: TrainedModule, slots: Slots, unit: range) -> Drawn[Trajectory]:
+    def draw(self, module: CalibratedModule, slots: Slots, unit: range) -> Drawn[Trajectory]:
         """Samples a unit with noise in the window's steps."""
         denoiser = unit_denoiser(module, slots, unit, self._steps(module))
         seeds = [slots.seeds[slot] for slot in unit]
@@ -138,7 +143,7 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         )
         return Drawn(trajectory, trajectory.latents, trajectory.num_forwards)
 
-    def backward(self, module: TrainedModule, work: UnitWork[Trajectory], record: StepRecord) -> None:
+    def backward(self, module: CalibratedModule, work: UnitWork[Trajectory], record: StepRecord) -> None:
         """Replays the window's steps with gradients, each with a backward pass of its own."""
         trajectory = work.kept
         denoiser = unit_denoiser(module, work.slots, work.unit, self._steps(module))
@@ -160,11 +165,11 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
                     self.loss,
                 )
                 # The mean over the pictures of this optimiser step, of all ranks, and over the window's steps.
-                (total / (work.count * len(trajectory.steps))).backward()  # type: ignore[no-untyped-call]
+                (total / (work.count * len(trajectory.steps))).backward()
             record.add(stats, 2 * denoiser.num_rows + (denoiser.num_rows if references else 0))
 
     def _references(
-        self, module: TrainedModule, denoiser: Denoiser, trajectory: Trajectory
+        self, module: CalibratedModule, denoiser: Denoiser, trajectory: Trajectory
     ) -> list[StepPrediction] | None:
         """What the reference says of each step, before any graph of the policy exists."""
         if self.loss.kl == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -12,7 +13,7 @@ _BY_MAXIMUM = "_max"
 
 
 @dataclass(frozen=True)
-class SummedStats:
+class SummedStats(ABC):
     """Sums and counts of one micro-batch, each a float32 scalar that stays on its device.
 
     Of two batches, a field whose name ends in `_max` is the larger one (they are never negative), every other one the
@@ -23,6 +24,14 @@ class SummedStats:
     """Samples that count: those of the mask."""
     loss_sum: Tensor
     """The loss, summed over them; without gradient."""
+
+    @abstractmethod
+    def as_metrics(self) -> dict[str, float]:
+        """Means, shares and maxima by name; this waits for the device.
+
+        Returns:
+            Metrics; means are NaN where no sample counts.
+        """
 
     def __add__(self, other: Self) -> Self:
         sums, maxima = self.packed()

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-
 from torch import Tensor
 
-from calibri_lightning.arrays import Floats
+from calibri_lightning.adapters.policy import LIVE
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.advantages import AdvantageOptions, Advantages, advantages
-from calibri_lightning.strategies.base import LIVE, BestVector, Candidate, Strategy, Words
+from calibri_lightning.strategies.base import BestVector, Candidate, Strategy, Words
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
 from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.ema import Ema, EmaOptions
-from calibri_lightning.strategies.gradient_step import THETA, AdamWOptions, GradientStep, ThetaBounds
+from calibri_lightning.strategies.gradient_step import AdamWOptions, GradientStep, ThetaBounds
 from calibri_lightning.strategies.groups import Slots, parts
+from calibri_lightning.strategies.history import check_same
 from calibri_lightning.strategies.rollouts import Drawn, Rollout, roll_out_units
 from calibri_lightning.strategies.rounds import GenerationReport, on_rank_zero
 from calibri_lightning.strategies.selection import START, Selection
@@ -40,10 +40,13 @@ if TYPE_CHECKING:
 
     from calibri_lightning.adapters.policy import Trains
     from calibri_lightning.prompts import PromptBatch
-    from calibri_lightning.strategies.base import TrainedModule
+    from calibri_lightning.strategies.base import CalibratedModule
+    from calibri_lightning.strategies.loss_stats import SummedStats
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+ADVANTAGE, ADAMW, EMA_OPTIONS = AdvantageOptions(), AdamWOptions(), EmaOptions()
+"""Defaults, which the command line needs as objects."""
 EMA, BEST = "ema", "best"
 """Copies of the policy that a gradient strategy keeps, besides where it started."""
 
@@ -78,6 +81,7 @@ class PolicyStrategy(Strategy, Generic[T]):
         updates: Optimiser steps a training step; each takes its share of the units.
         pictures_per_unit: Pictures that are made, and trained on, in one batch; by default as many as a forward may
             have (model.rows_per_forward), at most one group.
+        gradient_checkpointing: Whether activations are computed again in the backward.
         advantage: How rewards become advantages.
         optimizer: AdamW.
         ema: The moving average of what is trained; none if null.
@@ -100,6 +104,7 @@ class PolicyStrategy(Strategy, Generic[T]):
         group_size: int,
         updates: int,
         pictures_per_unit: int | None,
+        gradient_checkpointing: bool,
         advantage: AdvantageOptions,
         optimizer: AdamWOptions,
         ema: EmaOptions | None,
@@ -115,6 +120,7 @@ class PolicyStrategy(Strategy, Generic[T]):
         self.trains, self.num_groups, self.group_size, self.updates = train, num_groups, group_size, updates
         self.pictures_per_unit, self.advantage, self.optimizer = pictures_per_unit, advantage, optimizer
         self.ema_options, self.max_wasted, self.stop = ema, max_wasted, stop
+        self.gradient_checkpointing = gradient_checkpointing
         self._reset()
 
     def _reset(self) -> None:
@@ -132,7 +138,7 @@ class PolicyStrategy(Strategy, Generic[T]):
     # --- what a subclass defines ---
 
     @abstractmethod
-    def draw(self, module: TrainedModule, slots: Slots, unit: range) -> Drawn[T]:
+    def draw(self, module: CalibratedModule, slots: Slots, unit: range) -> Drawn[T]:
         """Makes the pictures of a unit with the policy, under `no_grad`.
 
         Args:
@@ -145,7 +151,7 @@ class PolicyStrategy(Strategy, Generic[T]):
         """
 
     @abstractmethod
-    def backward(self, module: TrainedModule, work: UnitWork[T], record: StepRecord) -> None:
+    def backward(self, module: CalibratedModule, work: UnitWork[T], record: StepRecord) -> None:
         """Runs forward and backward of the loss of a unit, divided by the number of pictures of the whole update.
 
         Args:
@@ -154,7 +160,7 @@ class PolicyStrategy(Strategy, Generic[T]):
             record: Takes diagnostics and costs.
         """
 
-    def check_run(self, module: TrainedModule) -> None:
+    def check_run(self, module: CalibratedModule) -> None:
         """Checks what only the module knows, before the first step.
 
         Args:
@@ -164,7 +170,7 @@ class PolicyStrategy(Strategy, Generic[T]):
             UserError: If the settings do not fit the module.
         """
 
-    def after_updates(self, module: TrainedModule) -> None:  # noqa: B027 - most do nothing
+    def after_updates(self, module: CalibratedModule) -> None:  # noqa: B027 - most do nothing
         """Called once after the optimiser steps of a training step.
 
         Args:
@@ -188,7 +194,7 @@ class PolicyStrategy(Strategy, Generic[T]):
         """Prompts that one training step takes."""
         return self.num_groups
 
-    def answer(self, module: TrainedModule) -> Candidate:
+    def answer(self, module: CalibratedModule) -> Candidate:
         """Gives the best validated candidate; the average, or the policy as it is, where nothing was validated."""
         if self.best is not None:
             return self.best
@@ -201,13 +207,13 @@ class PolicyStrategy(Strategy, Generic[T]):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the optimiser, or takes its state from the checkpoint; a run that had ended does not go on."""
-        self._prepare(cast("TrainedModule", pl_module))
+        self._prepare(cast("CalibratedModule", pl_module))
         assert self._budget is not None
         self._budget.start_clock()
         self._stop_if_over(trainer)
         self._check_patience(trainer)
 
-    def training_step(self, module: TrainedModule, batch: PromptBatch) -> None:
+    def training_step(self, module: CalibratedModule, batch: PromptBatch) -> None:
         """Makes pictures, scores them, and takes the optimiser steps of one training step."""
         started = time.monotonic()
         slots = Slots.of(batch, self.group_size, module.seed)
@@ -226,17 +232,17 @@ class PolicyStrategy(Strategy, Generic[T]):
         module.spend(rollout.num_images, rollout.num_forwards + forwards, time.monotonic() - started)
         self._publish(module, rollout, worth, record, metrics)
 
-    def _unit_size(self, module: TrainedModule) -> int:
+    def _unit_size(self, module: CalibratedModule) -> int:
         return self.pictures_per_unit or min(module.engine.evaluator.cells_per_unit, self.group_size)
 
-    def _advantages(self, module: TrainedModule, rollout: Rollout[T]) -> Advantages:
+    def _advantages(self, module: CalibratedModule, rollout: Rollout[T]) -> Advantages:
         shape = (-1, self.group_size)
         weights = {reward.name: weight for reward, weight in module.rewards.weighted if weight}
         rewards = {name: rollout.each[name].reshape(shape) for name in weights}
         return advantages(rewards, weights, self.advantage)
 
     def _update(
-        self, module: TrainedModule, slots: Slots, rollout: Rollout[T], worth: Advantages, record: StepRecord
+        self, module: CalibratedModule, slots: Slots, rollout: Rollout[T], worth: Advantages, record: StepRecord
     ) -> None:
         """Takes the optimiser steps, each on its share of the units."""
         assert self._gradients is not None
@@ -263,7 +269,7 @@ class PolicyStrategy(Strategy, Generic[T]):
 
     def _publish(
         self,
-        module: TrainedModule,
+        module: CalibratedModule,
         rollout: Rollout[T],
         worth: Advantages,
         record: StepRecord,
@@ -318,17 +324,17 @@ class PolicyStrategy(Strategy, Generic[T]):
         _log.warning("Step %d taught nothing: %s.", self.steps, reason)
         if self._wasted >= self.max_wasted:
             raise UserError(
-                f"{self._wasted} training steps in a row taught nothing, the last because {reason}. Check the reward on a "
-                "few images, lower the learning rate, or take more pictures a group (max_wasted sets how many such "
+                f"{self._wasted} training steps in a row taught nothing, the last because {reason}. Check the reward on "
+                "a few images, lower the learning rate, or take more pictures a group (max_wasted sets how many such "
                 "steps are borne); the checkpoint of the last step that did is intact."
             )
 
     # --- validation ---
 
-    def _candidate(self, module: TrainedModule, name: str) -> Candidate:
+    def _candidate(self, module: CalibratedModule, name: str) -> Candidate:
         return Candidate(module.policy.theta_of(name), name)
 
-    def validation_candidates(self, module: TrainedModule) -> Mapping[str, Candidate]:
+    def validation_candidates(self, module: CalibratedModule) -> Mapping[str, Candidate]:
         """The start once; after new steps the policy as it is, and its average."""
         if module.trainer.state.fn != TrainerFn.FITTING:
             # Outside of a fit the answer of the checkpoint is what counts, wherever it came from.
@@ -344,7 +350,7 @@ class PolicyStrategy(Strategy, Generic[T]):
         self._validating = wanted
         return wanted
 
-    def on_validated(self, module: TrainedModule, scores: Mapping[str, float]) -> None:
+    def on_validated(self, module: CalibratedModule, scores: Mapping[str, float]) -> None:
         """Keeps the best validated candidate; out of patience, it ends the run."""
         if module.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -395,7 +401,7 @@ class PolicyStrategy(Strategy, Generic[T]):
             "ema": str(self.ema_options),
         }
 
-    def _prepare(self, module: TrainedModule) -> None:
+    def _prepare(self, module: CalibratedModule) -> None:
         """Makes what training needs, once; from a checkpoint where there is one."""
         if self._gradients is not None:
             return
@@ -405,6 +411,8 @@ class PolicyStrategy(Strategy, Generic[T]):
                 "Name some with data.val, or remove patience."
             )
         self.check_run(module)
+        if self.gradient_checkpointing:
+            _checkpoint_gradients(module)
         parameters, layout = module.policy.parameters(), module.layout
         bounds = ThetaBounds(*(torch.from_numpy(part.copy()) for part in (layout.lower, layout.upper, layout.stds)))
         self._gradients = GradientStep(self.optimizer, parameters, bounds)
@@ -440,3 +448,13 @@ class PolicyStrategy(Strategy, Generic[T]):
         self.stop_reason = reason
         trainer.should_stop = True
         _log.info("Training ends: %s.", reason)
+
+
+def _checkpoint_gradients(module: CalibratedModule) -> None:
+    transformer: Any = module.engine.backbone.transformer
+    if not getattr(transformer, "_supports_gradient_checkpointing", False):
+        raise UserError(
+            f"strategy.gradient_checkpointing is true, but {type(transformer).__name__} does not support it. "
+            "Set it to false, and lower strategy.pictures_per_unit instead."
+        )
+    transformer.enable_gradient_checkpointing()

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
-from calibri_lightning.evaluation.diversity import group_diversity
+from calibri_lightning.evaluation.diversity import pixel_distance, thumbnails
 from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Grid, UnitResult
 from calibri_lightning.sampling.overlap import Behind
 
 if TYPE_CHECKING:
-    from calibri_lightning.strategies.base import TrainedModule
+    from calibri_lightning.strategies.base import CalibratedModule
     from calibri_lightning.strategies.groups import Slots
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class Rollout(Generic[T]):
     each: Mapping[str, Floats]
     """The same for every single reward and extra metric."""
     diversity: float
-    """Distance between pictures of one prompt and one unit, as of `evaluation.diversity.group_diversity`; the mean."""
+    """Distance between pictures of one prompt and one unit, as of `evaluation.diversity.pixel_distance`; the mean."""
     num_images: int
     """Pictures over all ranks."""
     num_forwards: int
@@ -59,7 +59,7 @@ class Rollout(Generic[T]):
 
 
 def roll_out_units(
-    module: TrainedModule, slots: Slots, unit_size: int, draw: Callable[[range], Drawn[T]]
+    module: CalibratedModule, slots: Slots, unit_size: int, draw: Callable[[range], Drawn[T]]
 ) -> Rollout[T]:
     """Makes and scores the pictures of a step, shared among all ranks; the rewards are the same on all of them.
 
@@ -126,5 +126,5 @@ def _spread(images: Tensor, groups: Sequence[int]) -> Floats:
     for group in dict.fromkeys(groups):
         members = [place for place, other in enumerate(groups) if other == group]
         if len(members) > 1:
-            values[members] = group_diversity(middle_frame(images[members]))
+            values[members] = float(pixel_distance(thumbnails(middle_frame(images[members]))))
     return values

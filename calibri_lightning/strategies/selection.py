@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibri_lightning.adapters.policy import LIVE
 from calibri_lightning.arrays import Floats
-from calibri_lightning.strategies.base import LIVE, BestVector, Candidate
+from calibri_lightning.strategies.base import BestVector, Candidate
 
 START = "start"
 

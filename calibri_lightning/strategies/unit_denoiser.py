@@ -12,11 +12,11 @@ from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.sampling.denoiser import Denoiser
 
 if TYPE_CHECKING:
-    from calibri_lightning.strategies.base import TrainedModule
+    from calibri_lightning.strategies.base import CalibratedModule
     from calibri_lightning.strategies.groups import Slots
 
 
-def unit_denoiser(module: TrainedModule, slots: Slots, unit: range, num_steps: int) -> Denoiser:
+def unit_denoiser(module: CalibratedModule, slots: Slots, unit: range, num_steps: int) -> Denoiser:
     """Prepares the pictures of a unit, with the policy's scales as they are and without gradients.
 
     Args:
@@ -45,7 +45,7 @@ def unit_denoiser(module: TrainedModule, slots: Slots, unit: range, num_steps: i
         )
 
 
-def rows_of(module: TrainedModule, theta: Tensor | Floats, count: int) -> Rows:
+def rows_of(module: CalibratedModule, theta: Tensor | Floats, count: int) -> Rows:
     """Gives the same scales and member weights to all pictures of a unit.
 
     Args:
@@ -61,7 +61,7 @@ def rows_of(module: TrainedModule, theta: Tensor | Floats, count: int) -> Rows:
     return Rows(rows.scales.expand(count, -1, -1), rows.weights.expand(count, -1))
 
 
-def live_rows(module: TrainedModule, count: int) -> Rows:
+def live_rows(module: CalibratedModule, count: int) -> Rows:
     """The policy's own scales, with gradients where they are trained.
 
     Args:
