@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from calibri_lightning.data import PromptData
     from calibri_lightning.errors import UserError
     from calibri_lightning.module import CalibriModule
-    from calibri_lightning.strategies import CMAES, PairES
+    from calibri_lightning.strategies import CMAES, FlowGRPO, PairES
 
 _HOMES = {
     "CMAES": "strategies",
@@ -26,6 +26,7 @@ _HOMES = {
     "Krea2": "backbones",
     "Lumina2": "backbones",
     "PairES": "strategies",
+    "FlowGRPO": "strategies",
     "PromptData": "data",
     "QwenImage": "backbones",
     "SD3": "backbones",
@@ -47,6 +48,7 @@ __all__ = [
     "CalibriModule",
     "Krea2",
     "Lumina2",
+    "FlowGRPO",
     "PairES",
     "PromptData",
     "QwenImage",

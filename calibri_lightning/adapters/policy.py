@@ -129,6 +129,23 @@ class Policy:
             raise UserError(_unknown(name, [copy for copy in self._copies if copy != BASE]))
         del self._copies[name]
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two copies make the network the same; theta is not looked at.
+
+        Args:
+            one: "live", "base" or the name of a copy.
+            other: Likewise.
+
+        Returns:
+            True where they do. A LoRA that is there differs from none, whatever its numbers are.
+        """
+        if one == other:
+            return True
+        if BASE in (one, other) and self.trains != "full":
+            return not lora_parameters(self.transformer)
+        ours, theirs = self.tensors(one), self.tensors(other)
+        return all(torch.equal(ours[name], theirs[name]) for name in self._network)
+
     def theta_of(self, name: str) -> Floats:
         """The scales' parameters that belong to a copy.
 

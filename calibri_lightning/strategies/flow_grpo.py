@@ -16,7 +16,8 @@ from calibri_lightning.strategies.budget import StopRules
 from calibri_lightning.strategies.ema import EmaOptions
 from calibri_lightning.strategies.gradient_step import AdamWOptions
 from calibri_lightning.strategies.grpo_loss import GRPOOptions, LossStats, StepNoise, StepPrediction, grpo_loss
-from calibri_lightning.strategies.policy_strategy import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicyStrategy, UnitWork
+from calibri_lightning.strategies.policy_run import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicySettings
+from calibri_lightning.strategies.policy_strategy import PolicyStrategy, UnitWork
 from calibri_lightning.strategies.rollouts import Drawn
 from calibri_lightning.strategies.selection import START
 from calibri_lightning.strategies.unit_denoiser import live_rows, rows_of, unit_denoiser
@@ -92,23 +93,26 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         max_seconds: float | None = None,
         patience: int | None = None,
     ) -> None:
+        stop = StopRules(max_images, max_seconds, patience)
         super().__init__(
-            train,
-            num_groups,
-            group_size,
-            updates,
-            pictures_per_unit,
-            gradient_checkpointing,
-            advantage,
-            optimizer,
-            ema,
-            max_wasted,
-            StopRules(max_images, max_seconds, patience),
+            PolicySettings(
+                train,
+                num_groups,
+                group_size,
+                updates,
+                pictures_per_unit,
+                gradient_checkpointing,
+                advantage,
+                optimizer,
+                ema,
+                max_wasted,
+                stop,
+            )
         )
         if loss.guard != "off" and isinstance(kernel, CPS):
             raise UserError(
-                f"loss.guard is {loss.guard} and the kernel CPS, whose log-probability is not that of a Gaussian, so that "
-                "the guard's correction does not apply. Use FlowSDE or DanceSDE, or loss.guard: off."
+                f"loss.guard is {loss.guard} and the kernel CPS, whose log-probability is not that of a Gaussian, so "
+                "that the guard's correction does not apply. Use FlowSDE or DanceSDE, or loss.guard: off."
             )
         if (loss.kl != "none") != (loss.kl_weight > 0):
             raise UserError(
@@ -119,6 +123,16 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         self.window: Window = window or AllSteps()
         self.num_steps, self.loss = num_steps, loss
         self.reference, self.offload, self.ratio_tolerance = reference, offload, ratio_tolerance
+
+    def own_settings(self) -> dict[str, str | int]:
+        """The sampler and the loss."""
+        return {
+            "kernel": str(self.kernel),
+            "window": str(self.window),
+            "training steps": str(self.num_steps),
+            "loss": str(self.loss),
+            "reference": self.reference,
+        }
 
     def check_run(self, module: CalibratedModule) -> None:
         """Checks that the window lies within the steps."""
@@ -187,7 +201,7 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
 
     def _check_ratio(self, found: Replay, trajectory: Trajectory, index: int, work: UnitWork[Trajectory]) -> None:
         """Fails closed: before any update the policy that is trained is the one that made the pictures."""
-        if self._is_checked or not work.is_fresh:
+        if self.is_checked or not work.is_fresh:
             return
         difference = (found.log_prob.detach() - trajectory.log_probs[index]).exp() - 1
         worst = float(difference.nan_to_num().abs().max())  # a picture that went wrong is masked

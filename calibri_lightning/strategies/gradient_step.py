@@ -1,4 +1,4 @@
-"""One optimiser step of a policy: the optimiser, gradients over all ranks, the guard against NaN, the bounds of theta."""
+"""One optimiser step of a policy: AdamW, gradients over all ranks, the guard against NaN, the bounds of theta."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class AdamWOptions:
 
     Attributes:
         lr: Learning rate of network weights.
-        scales_lr: Learning rate of scales, a step in units of the relative step sizes of `Layout.stds`: a guidance moves
-            five times as far as a scale.
+        scales_lr: Learning rate of scales, in units of the relative step sizes of `Layout.stds`: a guidance moves five times
+            as far as a scale.
         betas: Decay of the first and second moments.
         weight_decay: Weight decay of network weights; scales have none, for 1 is their neutral value.
         eps: Added to the root of the second moment.

@@ -1,0 +1,300 @@
+"""The run of a gradient strategy: its settings, copies, validation, checkpoint and end; the steps are a subclass's.
+
+All decisions follow from numbers that are the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from calibri_lightning.adapters.policy import LIVE, Trains
+from calibri_lightning.errors import UserError
+from calibri_lightning.strategies.advantages import AdvantageOptions
+from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Strategy, Words
+from calibri_lightning.strategies.budget import SearchBudget, StopRules
+from calibri_lightning.strategies.checks import check_at_least
+from calibri_lightning.strategies.ema import Ema, EmaOptions
+from calibri_lightning.strategies.gradient_step import AdamWOptions, GradientStep, ThetaBounds
+from calibri_lightning.strategies.history import check_same
+from calibri_lightning.strategies.rounds import GenerationReport, on_rank_zero
+from calibri_lightning.strategies.selection import START, Selection
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_log = logging.getLogger(__name__)
+ADVANTAGE, ADAMW, EMA_OPTIONS = AdvantageOptions(), AdamWOptions(), EmaOptions()
+"""Defaults, which the command line needs as objects."""
+EMA, BEST = "ema", "best"
+"""Copies of the policy that a gradient strategy keeps, besides where it started."""
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What all gradient strategies are told."""
+
+    train: Trains
+    """What is trained."""
+    num_groups: int
+    """Prompts P of a training step."""
+    group_size: int
+    """Pictures G of a prompt."""
+    updates: int
+    """Optimiser steps a training step; each takes its share of the pictures."""
+    pictures_per_unit: int | None
+    """Pictures that are made, and trained on, in one batch; None for one group, or what a forward may have if less."""
+    gradient_checkpointing: bool
+    """Whether activations are computed again in the backward."""
+    advantage: AdvantageOptions
+    """How rewards become advantages."""
+    optimizer: AdamWOptions
+    """AdamW."""
+    ema: EmaOptions | None
+    """The moving average of what is trained, validated beside the policy."""
+    max_wasted: int
+    """So many training steps in a row without a usable gradient (NaN, or a constant reward) end the run."""
+    stop: StopRules
+    """When to end before `trainer.max_steps`."""
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            UserError: If one is out of its range.
+        """
+        check_at_least("num_groups", self.num_groups, 1, "it is a number of prompts")
+        check_at_least("updates", self.updates, 1, "it is a number of optimiser steps")
+        check_at_least("max_wasted", self.max_wasted, 1, "it is a number of training steps")
+        check_at_least("group_size", self.group_size, 2, "advantages compare the pictures of one prompt")
+        check_at_least("pictures_per_unit", self.pictures_per_unit, 1, "it is a number of pictures")
+        self.optimizer.check()
+
+    @property
+    def images_per_step(self) -> int:
+        """Pictures of a training step."""
+        return self.images_per_step
+
+    def recorded(self) -> dict[str, str | int]:
+        """What must not change when a run is resumed."""
+        return {
+            "train": self.train,
+            "num_groups": self.num_groups,
+            "group_size": self.group_size,
+            "updates": self.updates,
+            "pictures_per_unit": str(self.pictures_per_unit),
+            "advantage": str(self.advantage),
+            "optimizer": str(self.optimizer),
+            "ema": str(self.ema),
+        }
+
+
+class PolicyRun(Strategy):
+    """What strategies with gradients share but for their steps.
+
+    Args:
+        settings: What all of them are told.
+    """
+
+    words: ClassVar[Words] = Words("Training", "trained", "step")
+    owns_theta: ClassVar[bool] = True
+
+    def __init__(self, settings: PolicySettings) -> None:
+        self.settings = settings
+        self.trains = settings.train
+        self._reset()
+
+    def _reset(self) -> None:
+        self.report: GenerationReport | None = None
+        self.stop_reason: str | None = None
+        self.steps, self.skipped, self.wasted = 0, 0, 0
+        self._selection = Selection()
+        self._validating: Mapping[str, Candidate] = {}
+        self._gradients: GradientStep | None = None
+        self._ema: Ema | None = None
+        self._budget: SearchBudget | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._recorded: dict[str, str | int] = {}
+
+    def check_run(self, module: CalibratedModule) -> None:
+        """Checks what only the module knows, before the first step.
+
+        Args:
+            module: The module that is trained.
+
+        Raises:
+            UserError: If the settings do not fit the module.
+        """
+
+    @property
+    def best(self) -> BestVector | None:
+        """The best validated candidate so far."""
+        return self._selection.best
+
+    @property
+    def images(self) -> int:
+        """Images judged so far, the same after any kill and resume."""
+        return self.steps * self.settings.images_per_step
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts that one training step takes."""
+        return self.settings.num_groups
+
+    def answer(self, module: CalibratedModule) -> Candidate:
+        """Gives the best validated candidate; the average, or the policy as it is, where nothing was validated."""
+        if self.best is not None:
+            return self.best
+        return self._candidate(module, LIVE if self._ema is None else EMA)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets an earlier fit."""
+        if stage == "fit":
+            self._reset()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the optimiser, or takes its state from the checkpoint; a run that had ended does not go on."""
+        self._prepare(cast("CalibratedModule", pl_module))
+        assert self._budget is not None
+        self._budget.start_clock()
+        self._stop_if_over(trainer)
+        self._check_patience(trainer)
+
+    def _candidate(self, module: CalibratedModule, name: str) -> Candidate:
+        return Candidate(module.policy.theta_of(name), name)
+
+    def validation_candidates(self, module: CalibratedModule) -> Mapping[str, Candidate]:
+        """The start once; after new steps the policy as it is, and its average."""
+        if module.trainer.state.fn != TrainerFn.FITTING:
+            # Outside of a fit the answer of the checkpoint is what counts, wherever it came from.
+            best = {} if module.answer == module.start else {"best": module.answer}
+            return {START: module.start} | best
+        self._prepare(module)
+        wanted = {} if self._selection.start_score is not None else {START: self._candidate(module, START)}
+        if self.steps and self.steps != self._selection.validated_generation:
+            wanted["policy"] = self._candidate(module, LIVE)
+            if self._ema is not None:
+                module.policy.keep(EMA, self._ema.averages)
+                wanted[EMA] = self._candidate(module, EMA)
+        self._validating = wanted
+        return wanted
+
+    def on_validated(self, module: CalibratedModule, scores: Mapping[str, float]) -> None:
+        """Keeps the best validated candidate; out of patience, it ends the run."""
+        if module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        before = self.best
+        self._selection.take(self._validating, scores, self.steps)
+        best = self.best
+        if best is not None and best is not before and best.origin != START:
+            # What was best must not change as training goes on.
+            module.policy.keep(BEST, module.policy.tensors(best.weights))
+            self._selection.best = replace(best, weights=BEST)
+        self._validating = {}
+        self._check_patience(module.trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives the state after the last training step, in tensors, numbers and texts."""
+        if self._gradients is None or self._budget is None:
+            return dict(self._loaded or {})
+        return {
+            "settings": self._recorded,
+            "optimizer": self._gradients.optimizer.state_dict(),
+            "ema": dict(self._ema.state_dict()) if self._ema is not None else None,
+            "selection": self._selection.state_dict(),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "wasted": self.wasted,
+            "elapsed": self._budget.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of a checkpoint; the optimiser is filled when training starts."""
+        if state_dict:
+            self._loaded = state_dict
+            self._selection = Selection.load(state_dict["selection"])
+            self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]
+            self.wasted = state_dict["wasted"]
+
+    def own_settings(self) -> dict[str, str | int]:
+        """What a subclass adds to what must not change when a run is resumed."""
+        return {}
+
+    def recorded(self, module: CalibratedModule) -> dict[str, str | int]:
+        """What must not change when a run is resumed.
+
+        Args:
+            module: The module that is trained.
+
+        Returns:
+            Settings by name.
+        """
+        return {
+            "strategy": type(self).__name__,
+            "seed": module.seed,
+            **self.settings.recorded(),
+            **self.own_settings(),
+            **module.judged_by,
+        }
+
+    def _prepare(self, module: CalibratedModule) -> None:
+        """Makes what training needs, once; from a checkpoint where there is one."""
+        if self._gradients is not None:
+            return
+        if self.settings.stop.patience is not None and not module.validates:
+            raise UserError(
+                f"patience is {self.settings.stop.patience}, which counts validations, but there are no validation "
+                "prompts. Name some with data.val, or remove patience."
+            )
+        self.check_run(module)
+        if self.settings.gradient_checkpointing:
+            _checkpoint_gradients(module)
+        parameters, layout = module.policy.parameters(), module.layout
+        bounds = ThetaBounds(*(torch.from_numpy(part.copy()) for part in (layout.lower, layout.upper, layout.stds)))
+        self._gradients = GradientStep(self.settings.optimizer, parameters, bounds)
+        self._budget = SearchBudget(self.settings.stop, module.trainer.max_steps, self.settings.images_per_step)
+        if self.settings.ema is not None:
+            self._ema = self.settings.ema.build()
+            self._ema.start(parameters)
+        self._recorded = self.recorded(module)
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            module.policy.keep(START)
+            return
+        check_same(loaded["settings"], self._recorded)
+        self._gradients.optimizer.load_state_dict(loaded["optimizer"])
+        if self._ema is not None:
+            self._ema.load_state_dict(loaded["ema"])
+        self._budget.elapsed = float(loaded["elapsed"])
+
+    def _stop_if_over(self, trainer: Trainer) -> None:
+        budget = self._budget
+        assert budget is not None
+        reason = on_rank_zero(trainer, lambda: budget.over(self.images)) if self.steps else None
+        if reason is not None:
+            self._end(trainer, reason)
+
+    def _check_patience(self, trainer: Trainer) -> None:
+        misses = self._selection.misses
+        if self.settings.stop.patience is not None and misses >= self.settings.stop.patience:
+            self._end(trainer, f"{misses} validations in a row brought no better score")
+
+    def _end(self, trainer: Trainer, reason: str) -> None:
+        self.stop_reason = reason
+        trainer.should_stop = True
+        _log.info("Training ends: %s.", reason)
+
+
+def _checkpoint_gradients(module: CalibratedModule) -> None:
+    transformer: Any = module.engine.backbone.transformer
+    if not getattr(transformer, "_supports_gradient_checkpointing", False):
+        raise UserError(
+            f"strategy.gradient_checkpointing is true, but {type(transformer).__name__} does not support it. "
+            "Set it to false, and lower strategy.pictures_per_unit instead."
+        )
+    transformer.enable_gradient_checkpointing()
