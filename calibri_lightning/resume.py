@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from calibri_lightning.calibration import Layout, SiteOptions, fingerprint, weights_digest
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.summary import Budget
+from calibri_lightning.strategies.base import Candidate
 from calibri_lightning.trace import Trace
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ def save_run(module: CalibriModule, checkpoint: dict[str, Any]) -> None:
         "describes": describe(module, module.layout, module.backbone.transformer),
         "trace": module.trace.state(),
         "rows_per_forward": module.engine.rows_per_forward,
+        "policy": module.policy.state_dict(),
+        "answer": {"theta": torch.from_numpy(module.answer.theta.copy()), "weights": module.answer.weights},
         "budget": [module.budget.images, module.budget.forwards, module.budget.device_seconds],
     }
 
@@ -48,6 +53,9 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
     """
     require_same(describe(module, module.layout, module.backbone.transformer), checkpoint)
     module.budget, module.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
+    module.policy.load_state_dict(checkpoint[KEY]["policy"])
+    answer = checkpoint[KEY]["answer"]
+    module.answer = Candidate(answer["theta"].numpy().astype(np.float64), answer["weights"])
     module.resumed_step = int(checkpoint["global_step"])
     recorded = checkpoint[KEY].get("rows_per_forward")
     if module.engine.rows_are_automatic and recorded is not None:
@@ -71,7 +79,7 @@ def describe(module: nn.Module, layout: Layout, transformer: nn.Module) -> dict[
         "weights": weights_digest(transformer),
         "parameters": list(layout.names),
         "site_options": asdict(layout.site_options),
-        "trained": {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad},
+        "trained": {name: list(p.shape) for name, p in _own_parameters(module)},
     }
 
 
@@ -114,14 +122,18 @@ def require_same(here: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None
 
 
 def keep_trainable(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drops the frozen base from a state dict.
+    """Drops the networks from a state dict: the frozen base is not ours to copy, the policy has what is trained.
 
     Args:
         module: The module.
         state: Its state dict.
 
     Returns:
-        The trainable part.
+        The module's own trainable part.
     """
-    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    names = {name for name, _ in _own_parameters(module)}
     return {name: tensor for name, tensor in state.items() if name in names}
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad and not name.startswith("networks."))

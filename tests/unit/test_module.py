@@ -17,6 +17,7 @@ from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.noise import noise_seed
+from calibri_lightning.strategies.base import Candidate
 from calibri_lightning.validation import validation_scores
 
 
@@ -74,12 +75,13 @@ def test_learned_weights_are_a_condition_of_their_own_where_scales_and_weights_m
     layout = CalibrationConfig("layer", members, 3.0, weight_mode)
     module = CalibriModule(SD3(str(tiny_folder / "model")), {"tiny_rewards:redness": 1.0}, PairES(), layout)
     names = ["scale" if n.startswith("member") and not n.endswith("weight") else n for n in module.layout.names]
-    with torch.no_grad():
-        module.theta += 0.1 * torch.tensor([n in changed for n in names])
+    module.answer = Candidate(module.layout.start + 0.1 * np.array([n in changed for n in names]))
     ways = {way.name: way for way in Conditions.of(module).ways}
     assert list(ways) == ["base @ 15 steps", "base @ 28 steps", *([name] if name else []), "calibrated @ 15 steps"]
     if name:
-        moved = [(n, v - s) for n, v, s in zip(names, ways[name].theta, module.layout.start, strict=True) if v != s]
+        moved = [
+            (n, v - s) for n, v, s in zip(names, ways[name].candidate.theta, module.layout.start, strict=True) if v != s
+        ]
         assert [n for n, _ in moved] == [changed[1]]
         assert moved[0][1] == pytest.approx(0.1)
 
