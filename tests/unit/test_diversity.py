@@ -186,7 +186,7 @@ def test_freely_placed_scenes_are_nearly_all_different_and_trembling_ones_the_sa
     generator = rng(5)
     free = [place(scene, 48, generator) for _ in range(8)]
     trembling = [
-        tuple(replace(p, x=p.x + d[0], y=p.y + d[1]) for p, d in zip(free[0], generator.normal(0, 0.3, (9, 2))))
+        tuple(replace(p, x=p.x + generator.normal(0, 0.3), y=p.y + generator.normal(0, 0.3)) for p in free[0])
         for _ in range(8)
     ]
     scores = []
