@@ -67,8 +67,8 @@ def _measure(module: CalibriModule, way: Way, batch: PromptBatch, samples: int) 
         raise UserError("Measuring diversity failed on another rank, whose own message says why.")
     # Each row was made by one rank and is 0 on the others.
     table = _sum(module, table).reshape(-1, samples, columns)
-    features = table[..., num_pixels:] if known else None
-    return measure_diversity(table[..., :num_pixels], features, known.reward if known else "pixels")
+    pictures, features = table[..., :num_pixels], table[..., num_pixels:]
+    return measure_diversity(pictures, features, known.reward) if known else measure_diversity(pictures)
 
 
 def _describe(module: CalibriModule, way: Way, batch: PromptBatch, table: Tensor) -> None:

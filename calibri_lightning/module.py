@@ -90,9 +90,8 @@ class CalibriModule(LightningModule):
         if num_steps < 1 or min(full_num_steps, num_grid_prompts, num_diversity_prompts, seed) < 0:
             raise UserError(
                 f"num_steps={num_steps}, full_num_steps={full_num_steps}, num_grid_prompts={num_grid_prompts}, "
-                f"num_diversity_prompts={num_diversity_prompts}, "
-                f"seed={seed}: num_steps must be at least 1 and "
-                "the others at least 0. Correct it under model."
+                f"num_diversity_prompts={num_diversity_prompts}, seed={seed}: num_steps must be at least 1 and the "
+                "others at least 0. Correct it under model."
             )
         # Strategies differ in what a step is: CMA-ES has no optimiser, GRPO takes several steps a batch.
         self.automatic_optimization = False

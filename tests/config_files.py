@@ -133,6 +133,7 @@ def small(file: Path, model: Path, *more: str) -> list[str]:
         "--model.num_steps=1",
         "--model.full_num_steps=1",
         "--model.num_grid_prompts=1",
+        "--model.num_diversity_prompts=1",
         *(f"--data.{part}=prompts/{part}.txt" for part in ("train", "val", "test")),
         "--trainer.max_steps=1",
         "--trainer.accelerator=cpu",

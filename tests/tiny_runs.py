@@ -34,6 +34,7 @@ model:
   full_num_steps: 3
   rows_per_forward: 6
   num_grid_prompts: 2
+  num_diversity_prompts: 2
 data: {{train: {folder}/train.txt, val: {folder}/val.txt, test: {folder}/test.txt, eval_batch_size: 2}}
 trainer: {{accelerator: cpu, devices: 1, max_steps: 2, val_check_interval: 1}}
 """

@@ -1,7 +1,7 @@
 """How different are the samples of one prompt? A reward can rise because they all become the same good picture.
 
-Two numbers, each for one prompt across its samples. The Vendi score counts how many different samples there are, 1 to
-K, by features whose units say what a difference is. The pixel distance looks at thumbnails and knows nothing of objects.
+Two numbers, each for one prompt across its samples. The Vendi score says how many different samples there are, 1 to K,
+by features whose units say what a difference is. The pixel distance compares thumbnails and knows nothing of objects.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from calibri_lightning.arrays import Floats
 Kernel = Callable[[Floats], Floats]
 """Features [N, D] to similarities [N, N]: positive semi-definite, 1 on the diagonal."""
 
+PIXELS = "pixels"
+"""Name of the features where no reward has any: thumbnails."""
 THUMBNAIL = 16
 """Side of the thumbnails, pixels: composition and colours, whatever the resolution, without noise and texture."""
 PIXEL_WIDTH = 0.1
@@ -38,7 +40,7 @@ class Diversity:
     samples: int
     """Samples of each prompt."""
     features: str
-    """What the Vendi score compares: the reward whose features they are, or "pixels"."""
+    """What the Vendi score compares: the reward whose features they are, or `PIXELS`."""
 
     @property
     def prompts(self) -> int:
@@ -113,20 +115,20 @@ def pixel_distance(pictures: Tensor) -> Tensor:
     return (2 * variances.mean(dim=-1)).sqrt()
 
 
-def measure_diversity(pictures: Tensor, features: Tensor | None, name: str) -> Diversity:
+def measure_diversity(pictures: Tensor, features: Tensor | None = None, name: str = PIXELS) -> Diversity:
     """Measures each prompt's samples.
 
     Args:
         pictures: Thumbnails of K samples of P prompts, [P, K, D]; a picture that is not finite is left out.
         features: What describes the samples, [P, K, F], in units in which a distance of 1 is one width of the kernel; a
             sample that is not finite is left out. None describes them by their thumbnails.
-        name: Whose features these are; "pixels" stands in the report where there are none.
+        name: Whose features these are.
 
     Returns:
         The diversity of each prompt.
     """
     if features is None:
-        name, features = "pixels", pictures / (math.sqrt(pictures.shape[-1]) * PIXEL_WIDTH)
+        features = pictures / (math.sqrt(pictures.shape[-1]) * PIXEL_WIDTH)
     usable = pictures.isfinite().all(dim=-1) & features.isfinite().all(dim=-1)
     vendi, distance = [], []
     for prompt, mine in enumerate(usable):

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from calibri_lightning.evaluation.bootstrap import Interval
+from calibri_lightning.evaluation.diversity import PIXELS
 from calibri_lightning.evaluation.summary import AGAINST, Comparison, Condition, DiversityComparison, Summary
 
 _GAP = "   "
@@ -58,7 +59,8 @@ def verdict(summary: Summary) -> str:
 def _sentences(summary: Summary) -> list[str]:
     conditions = {condition.name: condition for condition in summary.conditions}
     compared = [comparison for against in AGAINST for comparison in summary.compared(against)]
-    return [_sentence(c, conditions[c.calibrated], conditions[c.base], summary.level) for c in compared]
+    sentences = [_sentence(c, conditions[c.calibrated], conditions[c.base], summary.level) for c in compared]
+    return sentences + _diversity_sentences(summary)
 
 
 def _sentence(comparison: Comparison, calibrated: Condition, base: Condition, level: float) -> str:
@@ -70,28 +72,30 @@ def _sentence(comparison: Comparison, calibrated: Condition, base: Condition, le
         verb = "beats" if difference.mean > 0 else "is worse than"
     ratio = base.num_forwards_per_image / calibrated.num_forwards_per_image
     cost = " at equal cost" if ratio == 1 else f", which costs {ratio:.3g} times as much"
-    subject = comparison.calibrated[:1].upper() + comparison.calibrated[1:]
     numbers = f"{comparison.reward} {format_interval(difference, signed=True)}"
     source = f"({difference.count} pairs, {level:.0%} interval)"
-    return f"{subject} {verb} {comparison.base}{cost}: {numbers} {source}."
+    return f"{_capital(comparison.calibrated)} {verb} {comparison.base}{cost}: {numbers} {source}."
 
 
 def _diversity_sentences(summary: Summary) -> list[str]:
     """Whether the calibrated samples of a prompt are more or less alike than those of the base that costs as much."""
-    prompts = {c.name: c.diversity.prompts for c in summary.conditions if c.diversity is not None}
     sentences = []
     for comparison in (c for c in summary.diversity_comparisons if c.against == "equal NFE"):
         vendi = comparison.differences.vendi
         if math.isnan(vendi.low):
             continue
-        kind = "no clear difference in diversity from"
+        verb = "shows no clear difference in diversity from"
         if vendi.excludes(0.0):
-            kind = "more diversity than" if vendi.mean > 0 else "less diversity than"
+            verb = f"draws {'more' if vendi.mean > 0 else 'less'} diverse samples of a prompt than"
         sentences.append(
-            f"The samples of a prompt show {kind} those of {comparison.base}: Vendi score "
-            f"{format_interval(vendi, signed=True)} ({prompts[comparison.base]} prompts, {summary.level:.0%} interval)."
+            f"{_capital(comparison.calibrated)} {verb} {comparison.base}: Vendi score "
+            f"{format_interval(vendi, signed=True, places=2)} ({vendi.count} prompts, {summary.level:.0%} interval)."
         )
     return sentences
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def render_table(summary: Summary, width: int = 100) -> str:
@@ -114,10 +118,10 @@ def render_table(summary: Summary, width: int = 100) -> str:
         f"{_answer(summary)} minus base, paired [{summary.level:.0%} interval]",
     )
     blocks = [*_block(heads, titles, means, differences, width), *_diversity_block(summary, width)]
-    footnote = ["* the interval excludes 0; win / tie / loss are shares of pairs", ""] if differences else []
-    spoken = [*(_sentences(summary) or [verdict(summary)]), *_diversity_sentences(summary)]
-    sentences = [line for sentence in spoken for line in textwrap.wrap(sentence, width)]
-    return "\n".join(line.rstrip() for line in (*blocks, *footnote, *sentences, *_closing(summary)))
+    footnote = ["* the interval excludes 0; win / tie / loss are shares of pairs"] if differences else []
+    space = [""] if differences or summary.diversity else []
+    sentences = [line for s in (_sentences(summary) or [verdict(summary)]) for line in textwrap.wrap(s, width)]
+    return "\n".join(line.rstrip() for line in (*blocks, *footnote, *space, *sentences, *_closing(summary)))
 
 
 def _answer(summary: Summary) -> str:
@@ -176,8 +180,8 @@ def _rivals(summary: Summary, comparison: Comparison | DiversityComparison) -> s
     return label if comparison.against in ("start", "weights alone") else f"{label}  ({comparison.against})"
 
 
-def _difference(interval: Interval) -> str:
-    return format_interval(interval, signed=True) + (" *" if interval.excludes(0.0) else "")
+def _difference(interval: Interval, places: int | None = None) -> str:
+    return format_interval(interval, signed=True, places=places) + (" *" if interval.excludes(0.0) else "")
 
 
 def _diversity_block(summary: Summary, width: int) -> list[str]:
@@ -185,17 +189,13 @@ def _diversity_block(summary: Summary, width: int) -> list[str]:
     measured = next((c.diversity for c in summary.conditions if summary.diversity), None)
     if measured is None:
         return []
-    places = [
-        max(_places(interval) for interval in intervals)
-        for intervals in zip(*((d.vendi, d.pixel_distance) for d in summary.diversity), strict=True)
-    ]
     means = [
-        (label, [format_interval(i, places=p) for i, p in zip((d.vendi, d.pixel_distance), places, strict=True)])
+        (label, [format_interval(d.vendi, places=2), format_interval(d.pixel_distance, places=3)])
         for label, d in zip(_labels(summary), summary.diversity, strict=True)
     ]
     ordered = sorted(summary.diversity_comparisons, key=lambda c: AGAINST.index(c.against))
     differences = [
-        (_rivals(summary, c), [_difference(c.differences.vendi), _difference(c.differences.pixel_distance)])
+        (_rivals(summary, c), [_difference(c.differences.vendi, 2), _difference(c.differences.pixel_distance, 3)])
         for c in ordered
     ]
     heads = (
@@ -203,8 +203,10 @@ def _diversity_block(summary: Summary, width: int) -> list[str]:
         f"[{summary.level:.0%} interval]",
         f"calibrated minus base, paired [{summary.level:.0%} interval]",
     )
-    titles = [f"Vendi score, 1 to {measured.samples} ({measured.features})", "pixel distance"]
-    return _block(heads, titles, means, differences, width)
+    titles = [f"Vendi score (1 to {measured.samples})", "pixel distance"]
+    by = "their pixels" if measured.features == PIXELS else f"what the reward {measured.features} sees in them"
+    meaning = f"Vendi score: how many different pictures {measured.samples} samples amount to, by {by}"
+    return [*_block(heads, titles, means, differences, width), *textwrap.wrap(meaning, width)]
 
 
 def _places(interval: Interval) -> int:
