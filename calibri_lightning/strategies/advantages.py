@@ -65,7 +65,7 @@ class Advantages:
     values: Floats
     """float64 [P, G], cut to the options' clip; 0 where `mask` is False."""
     mask: Cells
-    """bool [P, G]: pictures that count. Failed ones do not, nor flat groups, nor groups with under 2 usable pictures."""
+    """bool [P, G]: pictures that count. Failed ones do not, nor flat groups, nor groups of under 2 usable pictures."""
     zero_std_share: float
     """Flat groups as a share of the groups with at least 2 usable pictures; 0 where there are none."""
     std: float
@@ -90,7 +90,7 @@ class _Matrix:
         if options.std == "none":
             divisor = np.ones_like(flat, dtype=np.float64)
         else:
-            # Global: the std about the mean of the step, so prompts of different difficulty widen it (Flow-GRPO's code).
+            # Global: about the mean of the step, so prompts of different difficulty widen it (Flow-GRPO's code).
             std = self._std(axis=1 if options.std == "group" else None)
             divisor = np.where(flat, 1.0, std + options.damping)
         values = np.where(flat, 0.0, self._centred(axis=1) / divisor)
