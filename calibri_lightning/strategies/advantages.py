@@ -159,7 +159,7 @@ def _weighted(rewards: Mapping[str, Floats], weights: Mapping[str, float]) -> li
     if any(array.ndim != 2 or array.shape != arrays[0].shape for array in arrays):
         raise ValueError(f"Rewards must share one shape [P, G], not {[array.shape for array in arrays]}.")
     # A picture without one of its rewards has no advantage: its sum would be of other things than its neighbours'.
-    usable: Cells = np.isfinite(np.stack(arrays)).all(axis=0)
+    usable = np.logical_and.reduce([np.isfinite(array) for array in arrays])
     filled = [np.where(usable, array, 0.0) for array in arrays]
     parts = [_Matrix(array, np.abs(array).max(axis=1, initial=0.0), usable) for array in filled]
     return [(weights[name], part) for name, part in zip(names, parts, strict=True)]

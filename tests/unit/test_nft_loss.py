@@ -109,7 +109,7 @@ def test_reference_pulls_and_old_and_reference_get_no_gradient() -> None:
     options = NFTOptions(kl_weight=0.5)
     loss, stats = nft_loss(Velocities(v, v_old, v_ref), made, A, ALL, options)
     without, _ = nft_loss(Velocities(v, v_old), made, A, ALL, NFTOptions(kl_weight=0.0))
-    (gradient,) = torch.autograd.grad(loss - without, v)
+    (gradient,) = torch.autograd.grad(loss - without, v, retain_graph=True)
     torch.testing.assert_close(gradient, 0.5 * 2 * (v - v_ref).detach() / v[0].numel())
     loss.backward()
     assert v_old.grad is None
