@@ -3,8 +3,8 @@
 P = prompts of a step, G = pictures of a prompt. Group p is row p of a matrix [P, G], whatever its prompt says: a prompt
 that is drawn twice makes two groups. NaN marks a picture that failed.
 
-Sources: group-relative advantages, DeepSeekMath (arXiv 2402.03300), section 4.1.2, and Flow-GRPO (arXiv 2505.05470),
-eq. 4; without division by the std, Dr. GRPO (arXiv 2503.20783); several rewards, GDPO (arXiv 2601.05242).
+Sources: group-relative advantages, DeepSeekMath (arXiv 2402.03300), section 4.1.2, and Flow-GRPO (arXiv 2505.05470);
+without division by the std, Dr. GRPO (arXiv 2503.20783); several rewards, GDPO (arXiv 2601.05242).
 """
 
 from __future__ import annotations
@@ -131,17 +131,17 @@ def advantages(rewards: Mapping[str, Floats], weights: Mapping[str, float], opti
         ValueError: If a reward with a weight is missing, none has a weight, or shapes differ.
     """
     total = _weighted_sum(_weighted(rewards, weights), options)
-    groups = total.usable.sum(axis=1) >= 2
-    flat = total.flat(options)
-    mask = total.usable & (groups & ~flat)[:, None]
+    flat = total.flat(options)  # groups of fewer than two usable pictures are, too
+    mask = total.usable & ~flat[:, None]
     if options.combine == "gdpo":
         # GDPO whitens over the whole batch. Pictures outside the mask take no part in mean and std here: counted as
         # zeros they would blow up the few groups that are left when most are flat.
         kept = _Matrix(np.where(mask, total.values, 0.0), total.size, mask)
         normalised = kept.batch_normalised(options)
     else:
-        # Flow-GRPO, eq. 4: A = (R - mean_group R) / std.
+        # Flow-GRPO, advantage of a group: A = (R - mean_group R) / std.
         normalised = total.group_normalised(options)
+    groups = total.usable.sum(axis=1) >= 2
     values = np.where(mask, np.clip(normalised.values, -options.clip, options.clip), 0.0)
     return Advantages(
         values,

@@ -3,8 +3,8 @@
 A sample is one step of one picture: x' drawn from N(mu_old, n^2), with dt = sigma' - sigma < 0. Its log-probability
 is the mean over the D latent dimensions, so that the ratio is the D-th root of the true one, and clips are small.
 
-Sources: Flow-GRPO (arXiv 2505.05470), eq. 5 and its code; the clipped ratio is PPO's (arXiv 1707.06347, eq. 7), with
-separate bounds as in DAPO (arXiv 2503.14476, eq. 10); GRPO-Guard (arXiv 2510.22319).
+Sources: Flow-GRPO (arXiv 2505.05470) and its code; the clipped ratio is PPO's (arXiv 1707.06347, eq. 7), with separate
+bounds as in DAPO (arXiv 2503.14476, "clip-higher"); GRPO-Guard (arXiv 2510.22319).
 """
 
 from __future__ import annotations

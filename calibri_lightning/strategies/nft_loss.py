@@ -3,7 +3,7 @@
 A sample is one noise level t of one picture: x_t = (1 - t) x0 + t noise, with velocity v = noise - x0, so that
 x0 = x_t - t v. No log-probability is needed: a good picture pulls the policy towards itself, a bad one pushes it away.
 
-Source: DiffusionNFT (arXiv 2509.16117), its main theorem and algorithm 1, and its code (adaptive weights, schedules).
+Source: DiffusionNFT (arXiv 2509.16117), and its code (adaptive weights, schedules).
 """
 
 from __future__ import annotations

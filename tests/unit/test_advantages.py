@@ -81,14 +81,14 @@ def test_differences_above_the_threshold_are_not_flat() -> None:
     assert not advantages({"a": rewards}, ONE, AdvantageOptions(min_std=1e-4)).mask.any()
 
 
-def test_all_flat_is_finite() -> None:
-    for combine in ("sum", "normalised_sum", "gdpo"):
-        answer = advantages(
-            {"a": np.ones((3, 4)), "b": np.zeros((3, 4))}, TWO, AdvantageOptions(combine=combine, damping=0.0)
-        )
-        assert not answer.values.any()
-        assert not answer.mask.any()
-        assert (answer.zero_std_share, answer.std) == (1.0, 0.0)
+@pytest.mark.parametrize("combine", ["sum", "normalised_sum", "gdpo"])
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_all_flat_is_finite(combine: Combine, level: float) -> None:
+    rewards = {"a": np.full((3, 4), level), "b": np.zeros((3, 4))}
+    answer = advantages(rewards, TWO, AdvantageOptions(combine=combine, damping=0.0, min_std=0.0))
+    assert not answer.values.any()
+    assert not answer.mask.any()
+    assert (answer.zero_std_share, answer.std) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("combine", ["sum", "normalised_sum", "gdpo"])
@@ -191,6 +191,17 @@ def test_gdpo_tells_apart_what_the_sum_does_not() -> None:
     np.testing.assert_allclose(summed[0], summed[1])
     apart = advantages(rewards, weights, AdvantageOptions(combine="gdpo")).values
     assert apart[1, 1] == pytest.approx(2 * apart[0, 1])
+
+
+def test_rounding_counts_by_the_size_of_what_was_added() -> None:
+    # In a sum of 1000 and -1000 the rounding of either remains; so it does under a negative weight.
+    jitter = np.array([[0.0, 6e-5, 0.0, 0.0]])
+    for rewards, weights in (
+        ({"a": 1000 + jitter, "b": np.full((1, 4), 1000.0)}, {"a": 1.0, "b": -1.0}),
+        ({"a": 1000 + jitter}, {"a": -1.0}),
+    ):
+        assert not advantages(rewards, weights, AdvantageOptions()).mask.any()
+    assert advantages({"a": jitter}, ONE, AdvantageOptions()).mask.all()
 
 
 def test_rewards_that_cancel_are_flat() -> None:

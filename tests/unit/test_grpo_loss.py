@@ -69,6 +69,13 @@ def test_ratio_one_gives_minus_the_advantages_and_the_policy_gradient(guard: str
     assert stats.old_kl_sum == 0
 
 
+def test_no_gradient_reaches_the_old_policy() -> None:
+    new, _, log_prob = of_ratios([1.0, 1.0])
+    loss, _ = grpo_loss(new, new, None, A[:2], ALL[:2], NOISE, GRPOOptions())
+    loss.backward()  # with the gradient of both it would vanish
+    torch.testing.assert_close(log_prob.grad, -A[:2])
+
+
 @pytest.mark.parametrize(
     ("advantage", "ratio", "alive"),
     [
