@@ -182,8 +182,8 @@ def nft_loss(
     step = beta * (new - old)
     positive = _adaptive_error(old + step, pictures)
     negative = _adaptive_error(old - step, pictures)
-    # DiffusionNFT's code: A_max [w l+ / beta + (1 - w) l- / beta]. At v = v_old its gradient is that of A times the
-    # error of v, whatever beta and A_max are.
+    # DiffusionNFT's code: A_max [w l+ / beta + (1 - w) l- / beta]. At v = v_old its gradient is A (cut) times that of
+    # v's own error, whatever beta is.
     policy = options.advantage_max * (weights * positive + (1 - weights) * negative) / beta
     distance = torch.zeros_like(weights)
     if velocities.reference is not None:
