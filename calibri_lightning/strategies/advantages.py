@@ -3,8 +3,8 @@
 P = prompts of a step, G = pictures of a prompt. Group p is row p of a matrix [P, G], whatever its prompt says: a prompt
 that is drawn twice makes two groups. NaN marks a picture that failed.
 
-Sources: group-relative advantages, DeepSeekMath (arXiv 2402.03300), section 4.1.2, and Flow-GRPO (arXiv 2505.05470),
-eq. 4; without division by the std, Dr. GRPO (arXiv 2503.20783); several rewards, GDPO (arXiv 2601.05242).
+Sources: group-relative advantages, DeepSeekMath (arXiv 2402.03300), section 4.1.2, and Flow-GRPO (arXiv 2505.05470);
+without division by the std, Dr. GRPO (arXiv 2503.20783); several rewards, GDPO (arXiv 2601.05242).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Advantages:
     values: Floats
     """float64 [P, G], cut to the options' clip; 0 where `mask` is False."""
     mask: Cells
-    """bool [P, G]: pictures that count. Failed ones do not, nor flat groups, nor groups with under 2 usable pictures."""
+    """bool [P, G]: pictures that count. Failed ones do not, nor flat groups, nor groups of under 2 usable pictures."""
     zero_std_share: float
     """Flat groups as a share of the groups with at least 2 usable pictures; 0 where there are none."""
     std: float
@@ -90,7 +90,7 @@ class _Matrix:
         if options.std == "none":
             divisor = np.ones_like(flat, dtype=np.float64)
         else:
-            # Global: the std about the mean of the step, so prompts of different difficulty widen it (Flow-GRPO's code).
+            # Global: about the mean of the step, so prompts of different difficulty widen it (Flow-GRPO's code).
             std = self._std(axis=1 if options.std == "group" else None)
             divisor = np.where(flat, 1.0, std + options.damping)
         values = np.where(flat, 0.0, self._centred(axis=1) / divisor)
@@ -131,17 +131,17 @@ def advantages(rewards: Mapping[str, Floats], weights: Mapping[str, float], opti
         ValueError: If a reward with a weight is missing, none has a weight, or shapes differ.
     """
     total = _weighted_sum(_weighted(rewards, weights), options)
-    groups = total.usable.sum(axis=1) >= 2
-    flat = total.flat(options)
-    mask = total.usable & (groups & ~flat)[:, None]
+    flat = total.flat(options)  # groups of fewer than two usable pictures are, too
+    mask = total.usable & ~flat[:, None]
     if options.combine == "gdpo":
         # GDPO whitens over the whole batch. Pictures outside the mask take no part in mean and std here: counted as
         # zeros they would blow up the few groups that are left when most are flat.
         kept = _Matrix(np.where(mask, total.values, 0.0), total.size, mask)
         normalised = kept.batch_normalised(options)
     else:
-        # Flow-GRPO, eq. 4: A = (R - mean_group R) / std.
+        # Flow-GRPO, advantage of a group: A = (R - mean_group R) / std.
         normalised = total.group_normalised(options)
+    groups = total.usable.sum(axis=1) >= 2
     values = np.where(mask, np.clip(normalised.values, -options.clip, options.clip), 0.0)
     return Advantages(
         values,
@@ -159,7 +159,7 @@ def _weighted(rewards: Mapping[str, Floats], weights: Mapping[str, float]) -> li
     if any(array.ndim != 2 or array.shape != arrays[0].shape for array in arrays):
         raise ValueError(f"Rewards must share one shape [P, G], not {[array.shape for array in arrays]}.")
     # A picture without one of its rewards has no advantage: its sum would be of other things than its neighbours'.
-    usable: Cells = np.isfinite(np.stack(arrays)).all(axis=0)
+    usable = np.logical_and.reduce([np.isfinite(array) for array in arrays])
     filled = [np.where(usable, array, 0.0) for array in arrays]
     parts = [_Matrix(array, np.abs(array).max(axis=1, initial=0.0), usable) for array in filled]
     return [(weights[name], part) for name, part in zip(names, parts, strict=True)]

@@ -66,3 +66,22 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}. Set {name} accordingly.")
+
+
+def check_between(name: str, value: float, least: float, most: float, why: str) -> None:
+    """Refuses a setting outside a range, or one that is not finite.
+
+    Args:
+        name: Name of the setting.
+        value: Its value.
+        least: Least allowed value.
+        most: Largest allowed value.
+        why: Half a sentence on what the setting is.
+
+    Raises:
+        UserError: If the value is outside.
+    """
+    if not least <= value <= most:
+        raise UserError(
+            f"{name} is {value}; {why}, so it must lie between {least:g} and {most:g}. Set {name} accordingly."
+        )

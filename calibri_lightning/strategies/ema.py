@@ -9,6 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.checks import check_at_least
 
 
@@ -64,8 +65,11 @@ class Ema:
     """
 
     def __init__(self, decay: float = 0.9, interval: int = 8, warmup: bool = True) -> None:
-        check_at_least("decay", decay, 0, "it is a share")
-        check_at_least("1 - decay", 1 - decay, 1e-9, "an average that keeps all of itself never moves")
+        if not 0 <= decay < 1:
+            raise UserError(
+                f"decay is {decay}; it is the share of itself that an average keeps, so it must be at least 0 and "
+                "below 1. Set decay accordingly, for example 0.9."
+            )
         check_at_least("interval", interval, 1, "it is a number of optimiser steps")
         self.decay, self.interval, self.warmup = decay, interval, warmup
         self._num_updates = 0

@@ -3,8 +3,8 @@
 A sample is one step of one picture: x' drawn from N(mu_old, n^2), with dt = sigma' - sigma < 0. Its log-probability
 is the mean over the D latent dimensions, so that the ratio is the D-th root of the true one, and clips are small.
 
-Sources: Flow-GRPO (arXiv 2505.05470), eq. 5 and its code; the clipped ratio is PPO's (arXiv 1707.06347, eq. 7), with
-separate bounds as in DAPO (arXiv 2503.14476, eq. 10); GRPO-Guard (arXiv 2510.22319).
+Sources: Flow-GRPO (arXiv 2505.05470) and its code; the clipped ratio is PPO's (arXiv 1707.06347, eq. 7), with separate
+bounds as in DAPO (arXiv 2503.14476, "clip-higher"); GRPO-Guard (arXiv 2510.22319).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calibri_lightning.strategies.checks import check_at_least, check_choice, check_positive
-from calibri_lightning.strategies.loss_stats import SummedStats, masked_sum, sample_mean
+from calibri_lightning.strategies.loss_stats import SummedStats, check_samples, masked_sum, sample_mean
 
 KL = Literal["mean", "velocity", "none"]
 """How far the policy is from the reference: between the means of the step, between the velocities, or not measured."""
@@ -145,7 +145,11 @@ def grpo_loss(
     Returns:
         The sum over the samples of the mask, a scalar with gradient (the caller divides by the number of samples over
         all micro-batches and processes), and the statistics.
+
+    Raises:
+        ValueError: If the options need a prediction that is not there, or shapes do not fit.
     """
+    check_samples(len(new.log_prob), old.log_prob, advantages, mask, noise.std, noise.coefficient, noise.dt)
     advantages = advantages.to(new.log_prob)
     log_ratio = torch.where(mask, _log_ratio(new, old, noise, options.guard), 0.0)
     ratio = log_ratio.exp()

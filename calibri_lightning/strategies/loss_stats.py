@@ -84,7 +84,8 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
         mask: bool [B].
 
     Returns:
-        The sum as a scalar. What stands outside the mask, NaN too, neither enters it nor its gradient by `values`.
+        The sum as a scalar. What stands outside the mask, NaN too, enters neither it nor its gradient by `values`;
+        what `values` were computed from may still get NaN gradients (0 x NaN) if it is NaN itself.
     """
     return torch.where(mask, values, 0.0).sum()
 
@@ -101,3 +102,18 @@ def sample_mean(values: Tensor) -> Tensor:
         [B].
     """
     return values.flatten(1).mean(1)
+
+
+def check_samples(count: int, *each: Tensor) -> None:
+    """Refuses tensors that are not one number a sample: [B, 1] against [B] would silently become [B, B].
+
+    Args:
+        count: B.
+        *each: Tensors that should be scalars or [B].
+
+    Raises:
+        ValueError: If one is neither.
+    """
+    shapes = [tuple(tensor.shape) for tensor in each]
+    if any(shape not in ((), (count,)) for shape in shapes):
+        raise ValueError(f"One number a sample is meant, [{count}] or a scalar, but shapes are {shapes}.")

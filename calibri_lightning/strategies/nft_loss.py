@@ -3,7 +3,7 @@
 A sample is one noise level t of one picture: x_t = (1 - t) x0 + t noise, with velocity v = noise - x0, so that
 x0 = x_t - t v. No log-probability is needed: a good picture pulls the policy towards itself, a bad one pushes it away.
 
-Source: DiffusionNFT (arXiv 2509.16117), its main theorem and algorithm 1, and its code (adaptive weights, schedules).
+Source: DiffusionNFT (arXiv 2509.16117), and its code (adaptive weights, schedules).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibri_lightning.strategies.checks import check_at_least, check_positive
-from calibri_lightning.strategies.loss_stats import SummedStats, masked_sum, sample_mean
+from calibri_lightning.strategies.checks import check_at_least, check_between, check_positive
+from calibri_lightning.strategies.loss_stats import SummedStats, check_samples, masked_sum, sample_mean
 
 _LEAST_ERROR = 1e-5
 """Floor of the errors that adaptive weights divide by, as in the published code."""
@@ -64,10 +64,9 @@ class OldPolicyDecay:
         Raises:
             UserError: If one is out of range.
         """
-        check_at_least("start", self.start, 0, "it is a share")
-        check_at_least("slope", self.slope, 0, "the old policy must not become faster")
-        check_at_least("maximum", self.maximum, self.start, "the share grows from start to maximum")
-        check_at_least("1 - maximum", 1 - self.maximum, 0, "maximum is a share")
+        check_between("start", self.start, 0, 1, "it is a share")
+        check_at_least("slope", self.slope, 0, "the old policy follows ever more slowly")
+        check_between("maximum", self.maximum, self.start, 1, "it is a share that grows from start")
         check_at_least("flat_steps", self.flat_steps, 0, "it counts steps")
 
     def at(self, step: int) -> float:
@@ -173,15 +172,18 @@ def nft_loss(
         all micro-batches and processes), and the statistics.
 
     Raises:
-        ValueError: If the KL has a weight and there is no reference.
+        ValueError: If the KL has a weight and there is no reference, or shapes do not fit.
     """
+    check_samples(len(velocities.new), advantages, mask, pictures.t)
     new, old, beta = velocities.new, velocities.old.detach(), options.beta
     weights = nft_weights(advantages.to(new), options.advantage_max)
-    # DiffusionNFT, implicit policies: v+ = beta v + (1 - beta) v_old, v- = (1 + beta) v_old - beta v.
-    positive = _adaptive_error(beta * new + (1 - beta) * old, pictures)
-    negative = _adaptive_error((1 + beta) * old - beta * new, pictures)
-    # DiffusionNFT's code: A_max [w l+ / beta + (1 - w) l- / beta]. At v = v_old its gradient is that of A times the
-    # error of v, whatever beta and A_max are.
+    # DiffusionNFT, implicit policies: v+ = beta v + (1 - beta) v_old, v- = (1 + beta) v_old - beta v. Written as a step
+    # from v_old, both are v_old to the bit where v is.
+    step = beta * (new - old)
+    positive = _adaptive_error(old + step, pictures)
+    negative = _adaptive_error(old - step, pictures)
+    # DiffusionNFT's code: A_max [w l+ / beta + (1 - w) l- / beta]. At v = v_old its gradient is A (cut) times that of
+    # v's own error, whatever beta is.
     policy = options.advantage_max * (weights * positive + (1 - weights) * negative) / beta
     distance = torch.zeros_like(weights)
     if velocities.reference is not None:
