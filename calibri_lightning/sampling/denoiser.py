@@ -25,6 +25,8 @@ class Denoiser:
     same pictures in the same order with the same members: one and the same, or another made by `with_rows`.
     """
 
+    rows: Rows
+    """Each picture's scales [B, M, sites] and member weights [B, M]."""
     sigmas: Tensor
     """Noise levels, float32 [num_steps + 1] on the device."""
     levels: Tensor
@@ -60,7 +62,7 @@ class Denoiser:
         self.levels = backbone.schedule(num_steps)
         self.sigmas = self.levels.to(backbone.device)
         self.backbone, self.attachment, self.num_steps = backbone, attachment, num_steps
-        self._rows = rows
+        self.rows = rows
         everyone = list(range(len(members)))
         self._active = everyone if all_members else _active_members(rows.weights, backbone.guides_by_first_member)
         self._conditioning = _spread([members[m] for m in self._active], prompts, negatives)
@@ -68,7 +70,7 @@ class Denoiser:
 
     def __len__(self) -> int:
         """Number of pictures B."""
-        return len(self._rows.weights)
+        return len(self.rows.weights)
 
     @property
     def num_rows(self) -> int:
@@ -85,7 +87,7 @@ class Denoiser:
             A denoiser that shares everything else with this one.
         """
         other = copy.copy(self)
-        other._rows, other._weights = rows, None
+        other.rows, other._weights = rows, None
         return other
 
     @contextmanager
@@ -104,9 +106,9 @@ class Denoiser:
         if self._weights is not None:
             raise RuntimeError("this denoiser is attached already: leaving the inner `with` would unset its scales")
         device = self.backbone.device
-        scales = self._rows.scales[:, self._active].flatten(0, 1).to(device, torch.float32)
+        scales = self.rows.scales[:, self._active].flatten(0, 1).to(device, torch.float32)
         with self.attachment.rows(scales):
-            self._weights = self._rows.weights[:, self._active].to(device, torch.float32)
+            self._weights = self.rows.weights[:, self._active].to(device, torch.float32)
             try:
                 yield
             finally:

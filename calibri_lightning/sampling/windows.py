@@ -135,7 +135,8 @@ class SlidingWindow(_Range):
 
     def steps(self, seed: int, training_step: int, num_steps: int) -> tuple[int, ...]:
         """The window of a training step; the seed plays no part."""
-        return self._from(training_step // self.stay % self._num_starts(num_steps))
+        num_starts = self._num_starts(num_steps)
+        return self._from(training_step // self.stay % num_starts)
 
     def check(self, num_steps: int) -> None:
         """Refuses a window that does not fit into its range, or that would not stay."""
