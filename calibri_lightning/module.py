@@ -343,7 +343,8 @@ class CalibriModule(LightningModule):
         units = self.engine.evaluator.images(
             candidate.theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks
         )
-        with self.policy.using(candidate.weights):
+        # Outside of its steps the trainer does not set up a mixed precision, in which the scored pictures are drawn.
+        with self.trainer.precision_plugin.forward_context(), self.policy.using(candidate.weights):
             return {
                 cell.slot: image for cells, images in units for cell, image in zip(cells, images.cpu(), strict=True)
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -155,7 +156,9 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
             keep_means=self.loss.guard != "off",
             offload=self.offload,
         )
-        return Drawn(trajectory, trajectory.latents, trajectory.num_forwards)
+        # A picture that went wrong is masked by its reward, but 0 times the gradient of NaN would still be NaN.
+        finite = replace(trajectory, x=trajectory.x.nan_to_num(), x_next=trajectory.x_next.nan_to_num())
+        return Drawn(finite, trajectory.latents, trajectory.num_forwards)
 
     def backward(self, module: CalibratedModule, work: UnitWork[Trajectory], record: StepRecord) -> None:
         """Replays the window's steps with gradients, each with a backward pass of its own."""

@@ -21,8 +21,8 @@ class AdamWOptions:
 
     Attributes:
         lr: Learning rate of network weights.
-        scales_lr: Learning rate of scales, in units of the relative step sizes of `Layout.stds`: a guidance moves five times
-            as far as a scale.
+        scales_lr: Learning rate of scales, in units of the relative step sizes of `Layout.stds`: a guidance moves five
+            times as far as a scale.
         betas: Decay of the first and second moments.
         weight_decay: Weight decay of network weights; scales have none, for 1 is their neutral value.
         eps: Added to the root of the second moment.
