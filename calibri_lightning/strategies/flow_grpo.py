@@ -137,6 +137,7 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
 
     def check_run(self, module: CalibratedModule) -> None:
         """Checks that the window lies within the steps."""
+        super().check_run(module)
         self.window.check(self._steps(module))
 
     def _steps(self, module: CalibratedModule) -> int:

@@ -120,6 +120,16 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         module.spend(rollout.num_images, rollout.num_forwards + forwards, time.monotonic() - started)
         self._publish(module, rollout, worth, record, metrics)
 
+    def check_run(self, module: CalibratedModule) -> None:
+        """Checks that every optimiser step has pictures of its own."""
+        size, images = self._unit_size(module), self.settings.images_per_step
+        if self.settings.updates > -(-images // size):
+            raise UserError(
+                f"updates is {self.settings.updates}, but the {images} pictures of a training step make only "
+                f"{-(-images // size)} unit(s) of {size} pictures, and an optimiser step needs at least one. Lower updates "
+                "or pictures_per_unit."
+            )
+
     def _unit_size(self, module: CalibratedModule) -> int:
         return self.settings.pictures_per_unit or min(module.engine.evaluator.cells_per_unit, self.settings.group_size)
 
