@@ -126,8 +126,8 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         if self.settings.updates > -(-images // size):
             raise UserError(
                 f"updates is {self.settings.updates}, but the {images} pictures of a training step make only "
-                f"{-(-images // size)} unit(s) of {size} pictures, and an optimiser step needs at least one. Lower updates "
-                "or pictures_per_unit."
+                f"{-(-images // size)} unit(s) of {size} pictures, and an optimiser step needs at least one. Lower "
+                "updates or pictures_per_unit."
             )
 
     def _unit_size(self, module: CalibratedModule) -> int:
