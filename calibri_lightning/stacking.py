@@ -55,8 +55,8 @@ def parse_start(init_from: str | Sequence[str] | None) -> Start:
         for kind, what in _kinds(source):
             if kind in found:
                 raise UserError(
-                    f"init_from has two of one kind ({kind}): {given[kind]} and {source}. A run starts from one of each "
-                    "kind: name the files themselves instead of folders that hold more than one, or leave one out."
+                    f"init_from has two of one kind ({kind}): {given[kind]} and {source}. A run starts from one of "
+                    "each kind: name the files themselves instead of folders that hold more than one, or leave one out."
                 )
             found[kind], given[kind] = what, source
     calibration, transformer = found.get("calibration"), found.get("transformer")
@@ -76,21 +76,21 @@ def _kinds(source: str) -> list[tuple[Kind, str]]:
     if HUB_ID.fullmatch(source) and path.suffix not in (".json", ".ckpt", ".safetensors", ".pt", ".bin"):
         return [("adapter", source)]
     raise UserError(
-        f"init_from {source!r} is neither a file nor a folder here, nor a Hub id 'owner/name'. Check the path, which is "
-        "relative to the folder that the command runs in."
+        f"init_from {source!r} is neither a file nor a folder here, nor a Hub id 'owner/name'. Check the path, which "
+        "is relative to the folder that the command runs in."
     )
 
 
 def _file(path: Path) -> tuple[Kind, str]:
     if path.suffix == ".ckpt":
         raise UserError(
-            f"init_from {path} is a checkpoint. To go on with that run, give it to --ckpt_path; to start a new one from "
-            f"its result, give the run's folder, which holds {_PARTS}."
+            f"init_from {path} is a checkpoint. To go on with that run, give it to --ckpt_path; to start a new one "
+            f"from its result, give the run's folder, which holds {_PARTS}."
         )
     if path.name in (CONFIG, WEIGHTS) or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise UserError(
-            f"init_from {path} is one file of several. Give its folder: {path.parent or Path('.')} (an adapter in peft's "
-            "format or a transformer in diffusers'; pickles are never opened)."
+            f"init_from {path} is one file of several. Give its folder: {path.parent or Path('.')} (an adapter in "
+            "peft's format or a transformer in diffusers'; pickles are never opened)."
         )
     if path.suffix != ".json":
         raise UserError(f"init_from {path} is no {CALIBRATION}. Give {_PARTS}, or a folder that holds them.")
@@ -100,7 +100,8 @@ def _file(path: Path) -> tuple[Kind, str]:
 def _folder(path: Path) -> Iterator[tuple[Kind, str]]:
     if (path / "model_index.json").is_file():
         raise UserError(
-            f"init_from {path} is a whole pipeline. That is the model of a run: give it to model.backbone as pretrained."
+            f"init_from {path} is a whole pipeline. That is the model of a run: give it to model.backbone as "
+            "pretrained."
         )
     adapter = find_adapter(path)
     transformer = next((p for p in (path, path / TRANSFORMER) if transformer_class(p) is not None), None)

@@ -77,7 +77,7 @@ def test_what_peft_saved_gives_the_same_outputs(tmp_path: Path, options: dict[st
     model = tiny_sd3()
     record = load_adapter(model, tmp_path)
     assert torch.equal(outputs(model), expected)
-    assert not torch.allclose(outputs(tiny_sd3()), expected, atol=1e-2)
+    assert not torch.allclose(outputs(tiny_sd3()), expected, atol=1e-3)
     assert not any(parameter.requires_grad for parameter in model.parameters()), "fixed until it is trained"
     assert not any(module.training for module in model.modules())
     assert not any(isinstance(m, nn.Dropout) for layer in lora_layers(model).values() for m in layer.lora_dropout)
