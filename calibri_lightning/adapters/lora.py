@@ -119,9 +119,7 @@ def inject(transformer: nn.Module, config: LoraConfig) -> None:
             parameter.requires_grad_(wants[plain_name(name)])
     for layer in lora_layers(transformer).values():
         layer.train(transformer.training)
-    # What diffusers asks to know that a model has an adapter.
-    if hasattr(transformer, "_hf_peft_config_loaded"):
-        transformer._hf_peft_config_loaded = True
+    _tell_diffusers(transformer, True)
 
 
 def refuse_second(transformer: nn.Module) -> None:
@@ -219,8 +217,13 @@ def remove_lora(transformer: nn.Module, merge: bool = False) -> None:
         setattr(transformer.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(transformer, "peft_config"):
         del transformer.peft_config
+    _tell_diffusers(transformer, False)
+
+
+def _tell_diffusers(transformer: Any, has_adapter: bool) -> None:
+    """Sets what diffusers asks to know whether a model has an adapter."""
     if hasattr(transformer, "_hf_peft_config_loaded"):
-        transformer._hf_peft_config_loaded = False
+        transformer._hf_peft_config_loaded = has_adapter
 
 
 def _as_peft_says_it(transformer: nn.Module, patterns: tuple[str, ...], layers: tuple[str, ...]) -> list[str]:

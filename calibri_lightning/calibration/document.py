@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+from calibri_lightning.adapters.files import AdapterRecord
 from calibri_lightning.calibration.fingerprint import ModelFingerprint
 from calibri_lightning.calibration.scales import Member, WeightMode, choose
 from calibri_lightning.calibration.sites import DEFAULT_OPTIONS, Granularity, SiteOptions
@@ -51,6 +52,8 @@ class CalibrationFile:
     obtained_by: ObtainedBy = field(default_factory=ObtainedBy)
     site_options: SiteOptions = DEFAULT_OPTIONS
     """`Layout.site_options`. The names say it too, but not where a whole block shares one scale."""
+    adapter: AdapterRecord | None = None
+    """The adapter that acted while these values were found, or were trained along with."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -87,6 +90,7 @@ def to_json(file: CalibrationFile) -> str:
         "format": FORMAT,
         "format_version": file.format_version,
         "model": asdict(file.model),
+        **({"adapter": asdict(file.adapter)} if file.adapter is not None else {}),
         "granularity": file.granularity,
         "weight_mode": file.weight_mode,
         "members": [asdict(member) for member in file.members],
@@ -139,6 +143,7 @@ def from_json(text: str) -> CalibrationFile:
         ),
         obtained_by=_obtained_by(_get(document, "obtained_by", dict)),
         site_options=_site_options(document.get("site_options", {})),
+        adapter=_adapter(document["adapter"]) if "adapter" in document else None,
     )
 
 
@@ -148,6 +153,20 @@ def _member(document: object, where: str) -> Member:
     prompt = _get(document, "prompt", str, where)
     choose(f"prompt of {where}", prompt, ("prompt", "negative"))
     return Member(cast(Any, prompt), _number(document.get("weight"), f"{where}.weight"))
+
+
+def _adapter(document: object) -> AdapterRecord:
+    """Files of a model without an adapter have none."""
+    if not isinstance(document, dict):
+        raise UserError(
+            f"The adapter is {document!r}, and must say source, sha256 and merged. The file was edited or cut: use the "
+            "original."
+        )
+    return AdapterRecord(
+        _get(document, "source", str, "adapter"),
+        _get(document, "sha256", str, "adapter"),
+        _get(document, "merged", bool, "adapter"),
+    )
 
 
 def _site_options(document: object) -> SiteOptions:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from calibri_lightning.adapters.files import adapter_digest
+from calibri_lightning.adapters.lora import plain_name
 from calibri_lightning.calibration.sites import find_sites, unwrap
 
 _HEADS = (
@@ -88,21 +90,32 @@ def _shapes(transformer: nn.Module) -> list[list[int]]:
     return sorted(list(p.shape) for name, p in transformer.named_parameters() if ".lora_" not in name)
 
 
-def weights_digest(transformer: nn.Module) -> str:
+def weights_digest(transformer: nn.Module, with_adapter: bool = False) -> str:
     """Tells fine-tunes of one model apart, at no more than a moment's cost: a few values of each frozen parameter.
 
     Args:
-        transformer: The transformer.
+        transformer: The transformer. Parameters that are trained do not count.
+        with_adapter: Count a fixed LoRA, too: all its numbers, and how strongly it acts. By default the digest is that
+            of the model under it.
 
     Returns:
         16 hexadecimal digits of a sha256.
+
+    Raises:
+        UserError: If a LoRA is to be counted and there are several.
     """
-    frozen = [(name, p.detach()) for name, p in unwrap(transformer).named_parameters() if not p.requires_grad]
+    transformer = unwrap(transformer)
+    every = [(plain_name(name), p.detach()) for name, p in transformer.named_parameters() if not p.requires_grad]
+    frozen = [(name, parameter) for name, parameter in every if ".lora_" not in name]
     # One transfer from the device, not one a parameter.
     plain = [part for _, p in frozen for part in _plain_tensors(p)]
-    sampled = torch.cat([t.flatten()[:: max(1, t.numel() // _SAMPLED)][:_SAMPLED].float() for t in plain])
-    names = "\n".join(name for name, _ in frozen)
-    return hashlib.sha256(names.encode() + sampled.cpu().numpy().tobytes()).hexdigest()[:16]
+    sampled = [t.flatten()[:: max(1, t.numel() // _SAMPLED)][:_SAMPLED].float() for t in plain]
+    content = "\n".join(name for name, _ in frozen).encode()
+    # None is left where all weights are trained.
+    content += torch.cat(sampled).cpu().numpy().tobytes() if sampled else b""
+    if with_adapter and len(every) > len(frozen):
+        content += adapter_digest(transformer).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:

@@ -35,18 +35,34 @@ def fold(transformer: nn.Module, sites: Sequence[Site], scales: Tensor) -> None:
             f"The scales to fold have shape {tuple(scales.shape)}, for {len(sites)} sites. The rule is one "
             "finite scale a site; fold one member of one candidate at a time."
         )
-    targets = [(_target(transformer, site), site.fold) for site in sites]
-    if len({(site.block, site.fold) for site in sites}) != len(sites):
-        raise UserError(
-            "Two of the sites fold into the same weights, which would multiply twice. Keep the hooks for these."
-        )
-    for (module, recipe), scale in zip(targets, scales.tolist(), strict=True):
+    check_fold(transformer, sites)
+    for site, scale in zip(sites, scales.tolist(), strict=True):
+        module, recipe = _target(transformer, site), site.fold
         if isinstance(recipe, ColumnBlock):
             weight = module.get_parameter("weight")
             _multiply(weight.data[:, recipe.start : recipe.stop], scale)
         else:
             n, index = (recipe.n, recipe.index) if isinstance(recipe, RowChunk) else (1, 0)
             scale_rows(module, scale, n, index)
+
+
+def check_fold(transformer: nn.Module, sites: Sequence[Site], merges_lora: bool = False) -> None:
+    """Checks that sites can be folded, before the first weight changes.
+
+    Args:
+        transformer: The transformer.
+        sites: Sites of it.
+        merges_lora: A LoRA that is on it will be merged before the fold.
+
+    Raises:
+        UserError: If one has no fold, its weights are quantised, sharded or under a LoRA, or two share their weights.
+    """
+    for site in sites:
+        _target(transformer, site, merges_lora)
+    if len({(site.block, site.fold) for site in sites}) != len(sites):
+        raise UserError(
+            "Two of the sites fold into the same weights, which would multiply twice. Keep the hooks for these."
+        )
 
 
 @torch.no_grad()
@@ -68,20 +84,23 @@ def _multiply(part: Tensor, scale: float) -> None:
     part.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) * scale)
 
 
-def check_foldable(transformer: nn.Module, path: str) -> nn.Module:
+def check_foldable(transformer: nn.Module, path: str, merges_lora: bool = False) -> nn.Module:
     """Returns the module at a path after checking that its weights are plain numbers that may be multiplied.
 
     Args:
         transformer: The transformer.
         path: Path of the module.
+        merges_lora: A LoRA that is on it will be merged before the fold.
 
     Returns:
-        The module.
+        The module; where a LoRA will be merged, the one under it.
 
     Raises:
         UserError: If the module has no weight, or the weight is quantised, sharded or under a LoRA.
     """
     module = transformer.get_submodule(path)
+    if merges_lora and isinstance(getattr(module, "base_layer", None), nn.Module):
+        module = module.get_submodule("base_layer")
     if hasattr(module, "base_layer"):
         raise UserError(
             f"'{path}' is under a LoRA that is not merged; folding its base weights alone would change the "
@@ -100,11 +119,11 @@ def check_foldable(transformer: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _target(transformer: nn.Module, site: Site) -> nn.Module:
+def _target(transformer: nn.Module, site: Site, merges_lora: bool = False) -> nn.Module:
     if site.fold is None:
         raise UserError(
             f"Site {site.name} cannot be folded: no weight of {type(transformer).__name__} carries its scale "
             "alone. Keep the hooks for this model (load_calibration), which give the same pictures."
         )
     inner = site.fold.norm if isinstance(site.fold, PostNormWeight) else site.fold.linear
-    return check_foldable(transformer, f"{site.block}.{inner}")
+    return check_foldable(transformer, f"{site.block}.{inner}", merges_lora)

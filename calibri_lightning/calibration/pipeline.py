@@ -6,10 +6,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from calibri_lightning.adapters.files import ADAPTER, adapter_digest
+from calibri_lightning.adapters.loading import load_adapter
+from calibri_lightning.adapters.lora import lora_layers, remove_lora
 from calibri_lightning.calibration.conventions import convention_of
-from calibri_lightning.calibration.files import read_calibration
-from calibri_lightning.calibration.fold import check_foldable, fold, scale_rows
+from calibri_lightning.calibration.files import CALIBRATION, read_calibration
+from calibri_lightning.calibration.fold import check_fold, check_foldable, fold, scale_rows
 from calibri_lightning.calibration.loaded import Loaded
+from calibri_lightning.calibration.restore import check_adapter as require_adapter
 from calibri_lightning.calibration.restore import layout_for
 from calibri_lightning.errors import UserError
 
@@ -20,10 +24,14 @@ Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline")
 
 _LOADED = "_calibri_loaded"
 _FUSED = "_calibri_fused"
+_BROUGHT = "_calibri_brought_adapter"
+"""Set on a pipeline whose adapter came with its calibration, and goes with it."""
 
 
-def load_calibration(pipe: Pipeline, path: str | Path) -> Pipeline:
+def load_calibration(pipe: Pipeline, path: str | Path, check_adapter: bool = True) -> Pipeline:
     """Calibrates a stock pipeline, with hooks; the weights stay as they are.
+
+    The folder of a run that trained an adapter, too, brings both: calibration.json and adapter/.
 
     A single calibration works with any guidance. A guided one (members: cfg) brings its own guidance in its
     weights: call the pipeline with any guidance that is on and the pictures are the same. An ensemble runs each image
@@ -32,14 +40,16 @@ def load_calibration(pipe: Pipeline, path: str | Path) -> Pipeline:
 
     Args:
         pipe: A text-to-image or text-to-video pipeline. Load before any `torch.compile`.
-        path: A `calibration.json`.
+        path: A `calibration.json`, or the folder of a run.
+        check_adapter: Refuse a calibration that was found on an adapter which the pipeline lacks. False if the adapter
+            is merged into its weights.
 
     Returns:
         The same pipeline.
 
     Raises:
         UserError: If the pipeline has no single transformer, cannot run the members or is calibrated already (with
-            hooks or fused), or the file is bad or of another model.
+            hooks or fused), the file is bad or of another model, or its adapter is missing.
     """
     if getattr(pipe, "transformer", None) is None or getattr(pipe, "transformer_2", None) is not None:
         raise UserError(
@@ -55,14 +65,40 @@ def load_calibration(pipe: Pipeline, path: str | Path) -> Pipeline:
             "This pipeline's weights hold a fused calibration; the scales of a second one would multiply with its. "
             "Load the model anew with from_pretrained."
         )
-    file = read_calibration(path)
-    layout = layout_for(file, pipe.transformer)
-    setattr(pipe, _LOADED, Loaded(pipe, convention_of(pipe), layout, file))
+    path = Path(path)
+    file = read_calibration(path / CALIBRATION if path.is_dir() else path)
+    brought = _bring_adapter(pipe, path)
+    try:
+        if check_adapter:
+            require_adapter(file, pipe.transformer)
+        layout = layout_for(file, pipe.transformer)
+        setattr(pipe, _LOADED, Loaded(pipe, convention_of(pipe), layout, file))
+    except BaseException:
+        if brought:
+            remove_lora(pipe.transformer)
+        raise
+    if brought:
+        setattr(pipe, _BROUGHT, True)
     return pipe
 
 
+def _bring_adapter(pipe: DiffusionPipeline, path: Path) -> bool:
+    """Loads the adapter of a run's folder; says whether it did. A pipeline that has it already keeps its own."""
+    if not (path / ADAPTER).is_dir():
+        return False
+    if not lora_layers(pipe.transformer):
+        load_adapter(pipe.transformer, path / ADAPTER)
+        return True
+    if adapter_digest(pipe.transformer) != adapter_digest(path / ADAPTER):
+        raise UserError(
+            f"{path} holds an adapter, and the pipeline has another one. One acts at a time: load the model anew with "
+            "from_pretrained, or give the calibration.json alone."
+        )
+    return False
+
+
 def unload_calibration(pipe: Pipeline) -> Pipeline:
-    """Takes a loaded calibration off again; the pipeline is then the stock one.
+    """Takes a loaded calibration off again, and the adapter that came with it; the pipeline is then the stock one.
 
     Args:
         pipe: The calibrated pipeline.
@@ -75,11 +111,16 @@ def unload_calibration(pipe: Pipeline) -> Pipeline:
     """
     _loaded(pipe, "unload_calibration").remove()
     delattr(pipe, _LOADED)
+    if hasattr(pipe, _BROUGHT):
+        remove_lora(pipe.transformer)
+        delattr(pipe, _BROUGHT)
     return pipe
 
 
 def fuse(pipe: Pipeline) -> Pipeline:
     """Folds a loaded single-member calibration into the weights and removes the hooks.
+
+    An adapter that came with the calibration is merged first.
 
     Inference then costs nothing extra. It is for good: the result is an ordinary pipeline (`save_pretrained` works)
     whose original weights are gone.
@@ -102,17 +143,22 @@ def fuse(pipe: Pipeline) -> Pipeline:
             "weights holds one member's scales. Keep the hooks of load_calibration, which give exactly this "
             "calibration, or calibrate with members: single to fuse."
         )
-    weight, last = loaded.weights[0], []
+    transformer, weight, last, merges = pipe.transformer, loaded.weights[0], [], hasattr(pipe, _BROUGHT)
     if weight != 1.0:
         # The member's weight multiplies the velocity, and this is the last linear map before it.
         convention = convention_of(pipe)
         assert convention is not None, "without one, a calibration has weight 1"
-        names = (name for name, _ in pipe.transformer.named_modules() if fnmatch(name, convention.last))
-        last = [check_foldable(pipe.transformer, name) for name in names]
-    # Folding under live hooks is safe, as nothing runs until they are gone; a refused fold leaves them.
-    fold(pipe.transformer, loaded.layout.sites, loaded.scales[0])
-    for linear in last:
-        scale_rows(linear, weight)
+        last = [name for name, _ in transformer.named_modules() if fnmatch(name, convention.last)]
+    # A refused fold leaves all as it is.
+    check_fold(transformer, loaded.layout.sites, merges)
+    for name in last:
+        check_foldable(transformer, name, merges)
+    if merges:
+        remove_lora(transformer, merge=True)
+    # Folding under live hooks is safe, as nothing runs until they are gone.
+    fold(transformer, loaded.layout.sites, loaded.scales[0])
+    for name in last:
+        scale_rows(transformer.get_submodule(name), weight)
     setattr(pipe, _FUSED, True)
     return unload_calibration(pipe)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from calibri_lightning.adapters.files import adapter_digest
+from calibri_lightning.adapters.lora import lora_layers
 from calibri_lightning.arrays import Floats
 from calibri_lightning.calibration.document import CalibrationFile
 from calibri_lightning.calibration.files import CALIBRATION, read_calibration
@@ -36,6 +38,31 @@ def check_model(file: CalibrationFile, transformer: nn.Module) -> None:
             "architecture or size. Scales belong to one architecture. Load the model that it was made for, "
             "or calibrate this one."
         )
+
+
+def check_adapter(file: CalibrationFile, transformer: nn.Module) -> None:
+    """Checks that a transformer has the adapter that a calibration was found on; scales alone are half of the answer.
+
+    A merged adapter cannot be seen, so it counts as absent.
+
+    Args:
+        file: The calibration.
+        transformer: The transformer.
+
+    Raises:
+        UserError: If it has not.
+    """
+    if file.adapter is None:
+        return
+    loaded = lora_layers(transformer)
+    if loaded and adapter_digest(transformer) == file.adapter.sha256:
+        return
+    raise UserError(
+        f"This calibration was found on the adapter {file.adapter.source} (sha256 {file.adapter.sha256[:12]}...), and "
+        f"the model given has {'another one' if loaded else 'none'}. Give the run's folder, which holds both, or call "
+        "calibri_lightning.adapters.load_adapter(pipe.transformer, ...) with that adapter first. If its weights hold "
+        "the adapter already (merged), pass check_adapter=False."
+    )
 
 
 def layout_for(file: CalibrationFile, transformer: nn.Module) -> Layout:

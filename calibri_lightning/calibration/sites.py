@@ -276,5 +276,5 @@ def _blocks(module: nn.Module, path: str, model: str) -> Iterator[tuple[str, nn.
 
 
 def _is_torch(module: nn.Module) -> bool:
-    """True for layers of torch itself, such as the entries of a ModuleList of Linears."""
-    return type(module).__module__.startswith("torch.nn.")
+    """True for layers of torch itself, such as the entries of a ModuleList of Linears, also under a LoRA."""
+    return type(getattr(module, "base_layer", module)).__module__.startswith("torch.nn.")

@@ -14,8 +14,9 @@ from torch import nn
 from calibri_lightning.adapters import LoraOptions, add_lora
 from calibri_lightning.adapters.lora import lora_layers, lora_parameters, remove_lora, without_lora
 from calibri_lightning.adapters.targets import default_targets
-from calibri_lightning.calibration import find_sites
+from calibri_lightning.calibration import find_sites, fingerprint, weights_digest
 from calibri_lightning.errors import UserError
+from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
 SMALL = LoraOptions(rank=2)
 
@@ -188,13 +189,42 @@ def test_sd3_trains_what_flow_grpo_trains() -> None:
     assert set(lora_layers(model)) == every - {"transformer_blocks.2.attn.to_add_out"}, "the last block has no text"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_sites_are_found_under_a_lora_on_every_layer(name: str) -> None:
-    model = CASES[name].pipe().transformer
-    sites = find_sites(model)
+NATIVE = [pytest.param(case.pipe, id=name) for name, case in CASES.items()]
+NATIVE.append(pytest.param(lambda: build_pipeline(TINY), id="sd3"))
+
+
+@pytest.mark.parametrize("pipe", NATIVE)
+def test_sites_and_fingerprints_are_those_of_the_model_under_a_lora_on_every_layer(pipe) -> None:
+    model = pipe().transformer
+    model.requires_grad_(False)
+    sites, made, digest = find_sites(model), fingerprint(model), weights_digest(model)
     add_lora(model, LoraOptions(rank=1, targets=["*"]), seed=0)
     assert find_sites(model) == sites
     assert not any("base_layer" in site.name for site in sites)
+    assert fingerprint(model) == made
+    assert weights_digest(model) == digest
+    assert weights_digest(model, with_adapter=True) == digest, "a LoRA that is trained does not count"
+    model.requires_grad_(False)
+    assert weights_digest(model) == digest
+    fixed = weights_digest(model, with_adapter=True)
+    assert fixed != digest
+    disturb(model)
+    assert weights_digest(model, with_adapter=True) != fixed
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if ".base_layer.weight" in name).mul_(2)
+    assert weights_digest(model) != digest
+
+
+def test_a_model_of_which_all_is_trained_has_a_digest() -> None:
+    assert weights_digest(tiny_sd3().requires_grad_(True)) != weights_digest(tiny_sd3())
+
+
+def test_a_list_of_layers_under_a_lora_is_no_unknown_block() -> None:
+    model = tiny_sd3()
+    model.extra = nn.ModuleList([nn.Linear(2, 2)])
+    sites = find_sites(model)
+    add_lora(model, LoraOptions(rank=1, targets=["extra.0"]), seed=0)
+    assert find_sites(model) == sites
 
 
 @pytest.mark.parametrize("build", [tiny_sd3, tiny_flux])
