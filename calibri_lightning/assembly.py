@@ -1,10 +1,17 @@
-"""Puts a calibration onto a backbone: finds its sites, drops those without effect, fixes what theta means."""
+"""Readies a backbone: the weights it starts from, its LoRA, the sites to scale, and what theta means."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 
+from torch import nn
+
+from calibri_lightning.adapters.files import AdapterRecord
+from calibri_lightning.adapters.full import load_transformer
+from calibri_lightning.adapters.loading import load_adapter
+from calibri_lightning.adapters.lora import LoraOptions, add_lora
+from calibri_lightning.adapters.policy import Trains
 from calibri_lightning.backbones import Backbone
 from calibri_lightning.calibration import (
     Attachment,
@@ -18,6 +25,8 @@ from calibri_lightning.calibration import (
     find_sites,
     probe,
 )
+from calibri_lightning.errors import UserError
+from calibri_lightning.stacking import Start
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +54,46 @@ class CalibrationConfig:
     weight_mode: WeightMode = "raw"
     cross_attention: bool = False
     split_fused: bool = False
+
+
+def ready_network(
+    transformer: nn.Module, start: Start, trains: Trains, lora: LoraOptions | None, merge_adapter: bool, seed: int
+) -> AdapterRecord | None:
+    """Gives a transformer the weights that a run starts from, and a LoRA where one is trained.
+
+    Args:
+        transformer: The transformer; changed in place, before anything is attached.
+        start: What the run starts from.
+        trains: What the run trains.
+        lora: The LoRA to add where one is trained and the run starts from none.
+        merge_adapter: Add the adapter of the start to the weights.
+        seed: Seed of a new LoRA.
+
+    Returns:
+        The adapter that was loaded.
+
+    Raises:
+        UserError: If the start does not fit the model, or the settings contradict each other.
+    """
+    if merge_adapter and start.adapter is None:
+        raise UserError("merge_adapter is true, but init_from brings no adapter to merge. Leave it out, or name one.")
+    if lora is not None and trains not in ("lora", "both"):
+        raise UserError(
+            f"model.lora is given, but the strategy trains {trains}, so a new LoRA would stay without effect. Remove it, "
+            "or choose a strategy with train: lora or both."
+        )
+    if start.transformer is not None:
+        load_transformer(transformer, start.transformer)
+    loaded = None if start.adapter is None else load_adapter(transformer, start.adapter, merge_adapter)
+    if trains in ("lora", "both"):
+        if loaded is None or loaded.merged:
+            add_lora(transformer, lora or LoraOptions(), seed)
+        elif lora is not None:
+            raise UserError(
+                f"model.lora is given, but init_from brings a LoRA ({loaded.source}), with rank and targets of its own, "
+                "which is trained on. Remove model.lora; or set merge_adapter to true, to train a new one on top of it."
+            )
+    return loaded
 
 
 DEFAULT_CALIBRATION = CalibrationConfig()

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from calibri_lightning.adapters.lora import LoraOptions, add_lora
+from calibri_lightning.adapters.lora import LoraOptions
 from calibri_lightning.adapters.policy import LIVE, Policy
 from calibri_lightning.arrays import Cells, Floats
-from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble
+from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble, ready_network
 from calibri_lightning.backbones import Backbone
 from calibri_lightning.calibration import load_start
 from calibri_lightning.checkpoint import run_checkpoint
@@ -31,6 +31,7 @@ from calibri_lightning.resume import restore_run, save_run
 from calibri_lightning.rewards import RewardConfig, RewardSet
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
+from calibri_lightning.stacking import parse_start
 from calibri_lightning.strategies.base import Candidate, Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
 from calibri_lightning.trace import Trace
@@ -58,8 +59,10 @@ class CalibriModule(LightningModule):
             then faster forwards. Needs a C++ compiler. Part of the result's last bits.
         overlap_scoring: Score pictures in a second thread while the next ones are sampled; no result depends on it. Off
             for a reward that must run in the main thread (signals, connections that belong to a thread).
-        lora: The LoRA, where the strategy trains one.
-        init_from: A calibration.json, or a run folder that holds one, to start from.
+        lora: The LoRA, where the strategy trains one and init_from brings none.
+        init_from: What to start from: a calibration.json, an adapter (peft's format, a folder or a Hub id), a run
+            folder that holds them, or several of these.
+        merge_adapter: Add the adapter of init_from to the weights: it can no longer be trained or told from the base.
         num_grid_prompts: Prompts of the before/after grid.
         num_diversity_prompts: Test prompts of which every condition draws 8 samples, to report how different they are;
             0 for none.
@@ -81,7 +84,8 @@ class CalibriModule(LightningModule):
         compile: bool = False,
         overlap_scoring: bool = True,
         lora: LoraOptions | None = None,
-        init_from: str | None = None,
+        init_from: str | list[str] | None = None,
+        merge_adapter: bool = False,
         num_grid_prompts: int = 12,
         num_diversity_prompts: int = 8,
         seed: int = 0,
@@ -99,7 +103,7 @@ class CalibriModule(LightningModule):
         self.strict_loading = False
         self.backbone, self.strategy, self.rewards = backbone, strategy, RewardSet(rewards)
         self.num_steps, self.full_num_steps, self.seed = num_steps, full_num_steps, seed
-        self.init_from, self.num_grid_prompts = init_from, num_grid_prompts
+        self.num_grid_prompts = num_grid_prompts
         self.num_diversity_prompts = num_diversity_prompts
         # Text encoders that come and go are not for Lightning to move.
         self.networks = backbone.resident_modules()
@@ -108,11 +112,14 @@ class CalibriModule(LightningModule):
         self.trace = Trace()
         self.resumed_step: int | None = None
         self.run_dir = Path()
-        if strategy.trains in ("lora", "both"):
-            add_lora(backbone.transformer, lora or LoraOptions(), seed)
+        self.starts_from = parse_start(init_from)
+        self.adapter = ready_network(backbone.transformer, self.starts_from, strategy.trains, lora, merge_adapter, seed)
         self.layout, attachment = assemble(backbone, calibration)
+        calibration_file = self.starts_from.calibration
         self.start_theta: Floats = (
-            load_start(init_from, self.layout, backbone.transformer) if init_from else self.layout.start
+            self.layout.start
+            if calibration_file is None
+            else load_start(calibration_file, self.layout, backbone.transformer)
         )
         # A parameter, for DDP wants one and broadcasts buffers; float64, for it is the answer itself.
         self.theta = nn.Parameter(torch.from_numpy(self.start_theta.copy()))

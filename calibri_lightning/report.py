@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from calibri_lightning.adapters.files import ADAPTER, AdapterRecord, write_adapter
+from calibri_lightning.adapters.full import TRANSFORMER, write_transformer
+from calibri_lightning.adapters.lora import lora_layers
 from calibri_lightning.adapters.policy import BASE
 from calibri_lightning.calibration import CalibrationFile, ObtainedBy, fingerprint, write_calibration
 from calibri_lightning.calibration.files import CALIBRATION
@@ -69,6 +72,7 @@ class RunReport:
         if not self.speaks:
             return
         module, best = self.module, self.module.strategy.best
+        self._folder()
         file = CalibrationFile(
             names=module.layout.names,
             values=tuple(float(value) for value in module.answer.theta),
@@ -87,9 +91,22 @@ class RunReport:
                 validation_score=None if best is None else best.score,
                 package_version=metadata.version("calibri-lightning"),
             ),
+            adapter=self._write_weights(),
         )
-        self._folder()
         write_calibration(self.folder / CALIBRATION, file)
+
+    def _write_weights(self) -> AdapterRecord | None:
+        """Writes the network weights of the answer, where they are not those of the base; what acted as an adapter."""
+        module, policy = self.module, self.module.policy
+        transformer, weights = module.backbone.transformer, module.answer.weights
+        if policy.trains == "full":
+            write_transformer(self.folder / TRANSFORMER, transformer, policy.tensors(weights))
+        if not lora_layers(transformer):
+            return module.adapter
+        tensors = policy.tensors(weights) if policy.network_names else None
+        digest = write_adapter(self.folder / ADAPTER, transformer, tensors, module.backbone.name)
+        loaded = None if policy.network_names else module.adapter
+        return AdapterRecord(ADAPTER if loaded is None else loaded.source, digest)
 
     def print_scores(self, scores: Mapping[str, float]) -> None:
         """Prints validation scores.
@@ -164,9 +181,10 @@ class RunReport:
         own = self.folder / CALIBRATION
         if own.is_file():
             return own
-        if self.module.init_from and self.module.resumed_step is None:
-            given = Path(self.module.init_from)
-            return given / CALIBRATION if given.is_dir() else given
+        start = self.module.starts_from
+        given = start.calibration or start.adapter or start.transformer
+        if given is not None and self.module.resumed_step is None:
+            return Path(given)
         self.write_answer()
         return own
 

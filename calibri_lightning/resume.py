@@ -76,7 +76,7 @@ def describe(module: nn.Module, layout: Layout, transformer: nn.Module) -> dict[
     made = fingerprint(transformer)
     return {
         "model": [made.transformer_class, made.num_parameters, made.sites_hash],
-        "weights": weights_digest(transformer),
+        "weights": weights_digest(transformer, with_adapter=True),
         "parameters": list(layout.names),
         "site_options": asdict(layout.site_options),
         "trained": {name: list(p.shape) for name, p in _own_parameters(module)},

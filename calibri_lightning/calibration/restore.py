@@ -95,7 +95,7 @@ def layout_for(file: CalibrationFile, transformer: nn.Module) -> Layout:
     return layout
 
 
-def load_start(source: str, layout: Layout, transformer: nn.Module) -> Floats:
+def load_start(source: str | Path, layout: Layout, transformer: nn.Module) -> Floats:
     """Reads the parameters that a new run starts from.
 
     Args:
@@ -125,7 +125,7 @@ def load_start(source: str, layout: Layout, transformer: nn.Module) -> Floats:
         raise UserError(
             f"init_from {source} was made with {' and '.join(other)}; this run has granularity {layout.granularity}, "
             f"weight_mode {layout.weight_mode} and weights {', '.join(f'{m.weight:g}' for m in layout.members)}. "
-            "Set model.calibration as it was."
+            "Set model.calibration as it was; or, for the adapter of that run alone, give its adapter/ folder."
         )
     if values.keys() != set(layout.names):
         odd = sorted(values.keys() ^ set(layout.names))
