@@ -79,7 +79,7 @@ def ready_network(
         raise UserError("merge_adapter is true, but init_from brings no adapter to merge. Leave it out, or name one.")
     if lora is not None and trains not in ("lora", "both"):
         raise UserError(
-            f"model.lora is given, but the strategy trains {trains}, so a new LoRA would stay without effect. Remove it, "
+            f"model.lora is given, but the strategy trains {trains}, so a new LoRA would have no effect. Remove it, "
             "or choose a strategy with train: lora or both."
         )
     if start.transformer is not None:
@@ -90,7 +90,7 @@ def ready_network(
             add_lora(transformer, lora or LoraOptions(), seed)
         elif lora is not None:
             raise UserError(
-                f"model.lora is given, but init_from brings a LoRA ({loaded.source}), with rank and targets of its own, "
+                f"model.lora is given, but init_from brings a LoRA ({loaded.source}), with its own rank and targets, "
                 "which is trained on. Remove model.lora; or set merge_adapter to true, to train a new one on top of it."
             )
     return loaded
