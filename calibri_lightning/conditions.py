@@ -10,6 +10,7 @@ import numpy as np
 from calibri_lightning.adapters.policy import BASE
 from calibri_lightning.arrays import Floats
 from calibri_lightning.evaluation import Condition, Role
+from calibri_lightning.stacking import Start
 from calibri_lightning.strategies.base import Candidate
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class Conditions:
         if full and full != few:
             ways.append(Way(f"base @ {full} steps", "base", base, full))
         start = module.start
-        if not (module.same(start, base) or module.same(start, answer)):
+        # A new LoRA changes nothing yet.
+        has_start = module.starts_from != Start()
+        if has_start and not (module.same(start, base) or module.same(start, answer)):
             ways.append(Way(f"start @ {few} steps", "start", start, few))
         # The weights stand behind the scales; guidance alone explains part of many a gain.
         num_scales = len(module.layout.members) * len(module.layout.scale_names)

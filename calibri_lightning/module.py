@@ -34,6 +34,7 @@ from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.stacking import parse_start
 from calibri_lightning.strategies.base import Candidate, Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
+from calibri_lightning.strategies.selection import START
 from calibri_lightning.trace import Trace
 from calibri_lightning.validation import Validation, validate
 
@@ -126,10 +127,15 @@ class CalibriModule(LightningModule):
         self.policy = Policy(
             self.theta, backbone.transformer, strategy.trains, torch.from_numpy(self.layout.start.copy())
         )
-        self.start = self.answer = Candidate(self.start_theta)
+        self.answer = self.start
         self.engine = Engine(
             backbone, attachment, self.layout, self.rewards, rows_per_forward, compile, overlap_scoring
         )
+
+    @property
+    def start(self) -> Candidate:
+        """What the run began with."""
+        return Candidate(self.start_theta, START if START in self.policy.copies else LIVE)
 
     def same(self, one: Candidate, other: Candidate) -> bool:
         """Whether two candidates draw the same pictures.

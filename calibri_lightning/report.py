@@ -126,7 +126,10 @@ class RunReport:
         module, trace, best = self.module, self.module.trace, self.module.strategy.best
         names = [f"{member.prompt} (member {i})" for i, member in enumerate(module.layout.members)]
         self._folder()
-        plot_scales(self.folder / "scales.png", module.layout.names, module.answer.theta.tolist(), names)
+        plots = [self.folder / "convergence.png"]
+        if module.policy.trains in ("scales", "both"):
+            plots.insert(0, self.folder / "scales.png")
+            plot_scales(plots[0], module.layout.names, module.answer.theta.tolist(), names)
         chosen = None if best is None else (trace.images_at(best.generation), best.score)
         course = Convergence(
             trace.images,
@@ -150,7 +153,9 @@ class RunReport:
             print(f"Stopped early: {reason}.")
         note = " (the start, unchanged)" if module.same(module.answer, module.start) else ""
         print(f"Calibration: {self.folder / CALIBRATION}{note}")
-        print(f"Plots: {self.folder / 'scales.png'}, {self.folder / 'convergence.png'}")
+        print(f"Plots: {', '.join(map(str, plots))}")
+        if (self.folder / ADAPTER).is_dir():
+            print(f"LoRA: {self.folder / ADAPTER}")
 
     def finish_test(self, conditions: Conditions) -> None:
         """Writes summary.json and the before/after grid, and prints the table.

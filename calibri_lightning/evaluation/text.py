@@ -201,7 +201,7 @@ def _diversity_block(summary: Summary, width: int) -> list[str]:
     heads = (
         f"diversity of {measured.samples} samples of a prompt, {measured.prompts} prompts "
         f"[{summary.level:.0%} interval]",
-        f"calibrated minus base, paired [{summary.level:.0%} interval]",
+        f"{_answer(summary)} minus base, paired [{summary.level:.0%} interval]",
     )
     titles = [f"Vendi score (1 to {measured.samples})", "pixel distance"]
     by = "their pixels" if measured.features == PIXELS else f"what the reward {measured.features} sees in them"

@@ -60,8 +60,11 @@ class CalibratedModule(Protocol):
     policy: Policy
     rewards: RewardSet
     theta: nn.Parameter
-    start: Candidate
     answer: Candidate
+
+    @property
+    def start(self) -> Candidate:
+        """What the run began with."""
 
     @property
     def judged_by(self) -> Mapping[str, str | int]:
@@ -106,6 +109,17 @@ class CalibratedModule(Protocol):
 
         Returns:
             Rewards and costs.
+        """
+
+    def same(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two candidates draw the same pictures.
+
+        Args:
+            one: A candidate.
+            other: Another one.
+
+        Returns:
+            True where both their scales and their network weights agree.
         """
 
     def gather(self, values: Floats) -> Sequence[Floats]:

@@ -172,7 +172,7 @@ class PolicyRun(Strategy):
         """The start once; after new steps the policy as it is, and its average."""
         if module.trainer.state.fn != TrainerFn.FITTING:
             # Outside of a fit the answer of the checkpoint is what counts, wherever it came from.
-            best = {} if module.answer == module.start else {"best": module.answer}
+            best = {} if module.same(module.answer, module.start) else {"best": module.answer}
             return {START: module.start} | best
         self._prepare(module)
         wanted = {} if self._selection.start_score is not None else {START: self._candidate(module, START)}
