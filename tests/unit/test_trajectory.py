@@ -31,6 +31,8 @@ from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 KERNELS: list[Kernel] = [FlowSDE(), DanceSDE(), CPS()]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
 FAMILIES = ["sd3", *CASES]
+# One of each backbone and of each way to guide: the others differ in the guidance embedding and the schedule alone.
+CLASSES = [name for name in FAMILIES if name not in ("flux1-schnell", "krea2-turbo")]
 GUIDED = ["sd3", *(name for name, case in CASES.items() if case.guidance)]
 
 
@@ -109,7 +111,7 @@ def check_replays(denoiser: Denoiser, rolled: Trajectory, kernel: Kernel) -> Non
         assert torch.equal(again.mean, rolled.means[index])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_checkpointing_gives_the_same_gradients_through_both_members(name: str) -> None:
     """Recomputing a block in the backward reads its scales once more: of scales, weights and parameters."""
     backbone = family(name)
@@ -264,7 +266,7 @@ def test_a_trajectory_is_what_the_network_saw_and_what_the_kernel_says(
     assert torch.equal(rolled.latents, x)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_the_ode_sampler_keeps_its_bits(name: str) -> None:
     """`sample`, a roll-out without stochastic steps, and the loop as it was before they shared code."""
     backbone = family(name)
