@@ -11,7 +11,7 @@ from sampling_tools import candidates, denoising, trainable
 from tiny_families import NEGATIVES, PROMPTS, SEEDS
 from torch import Tensor
 
-from calibri_lightning.backbones.sd3 import SD3
+from calibri_lightning.backbones.native import Native
 from calibri_lightning.calibration.scales import Rows, build_layout
 from calibri_lightning.calibration.sites import find_sites
 from calibri_lightning.sampling.denoiser import Denoiser
@@ -20,12 +20,12 @@ from calibri_lightning.sampling.trajectory import Trajectory, replay, roll_out
 
 
 @pytest.fixture(scope="module")
-def backbone() -> SD3:
-    return SD3.of(family("sd3").pipeline)
+def backbone() -> Native:
+    return family("sd3")
 
 
 @pytest.fixture
-def denoiser(backbone: SD3) -> Iterator[Denoiser]:
+def denoiser(backbone: Native) -> Iterator[Denoiser]:
     """Three pictures of two members, four steps."""
     layout = layout_of(backbone, "cfg")
     with denoising(backbone, layout, candidates(layout, 3), PROMPTS, NEGATIVES) as denoiser:
@@ -157,7 +157,7 @@ def test_gradients_flow_through_both_branches_of_guidance(denoiser: Denoiser) ->
         torch.testing.assert_close(layout_rows.weights.grad[:, member], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_weight_of_zero_has_a_gradient_where_all_members_run(backbone: SD3) -> None:
+def test_a_weight_of_zero_has_a_gradient_where_all_members_run(backbone: Native) -> None:
     layout = build_layout(find_sites(backbone.transformer), "block", 2)
     rows = trainable(candidates(layout, 2, spread=0.0))
     with denoising(backbone, layout, rows, PROMPTS[:2]) as few:

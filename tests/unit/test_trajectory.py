@@ -15,7 +15,7 @@ from tiny_families import NEGATIVES, PROMPTS, SEEDS
 from torch import Tensor
 
 from calibri_lightning.backbones import Stock
-from calibri_lightning.backbones.sd3 import SD3
+from calibri_lightning.backbones.native import Native
 from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.denoiser import Denoiser
@@ -27,12 +27,12 @@ from calibri_lightning.sampling.windows import AllSteps, RandomWindow, SlidingWi
 
 
 @pytest.fixture(scope="module")
-def backbone() -> SD3:
-    return SD3.of(family("sd3").pipeline)
+def backbone() -> Native:
+    return family("sd3")
 
 
 @pytest.fixture
-def denoiser(backbone: SD3) -> Iterator[Denoiser]:
+def denoiser(backbone: Native) -> Iterator[Denoiser]:
     """Three pictures of two members, four steps."""
     layout = layout_of(backbone, "cfg")
     with denoising(backbone, layout, candidates(layout, 3), PROMPTS, NEGATIVES) as denoiser:
@@ -153,7 +153,9 @@ def test_noise_of_a_step_is_a_function_of_picture_and_step(denoiser: Denoiser, u
 
 
 @every_kernel
-def test_units_of_the_same_composition_give_the_same_bits_and_others_close_ones(backbone: SD3, kernel: Kernel) -> None:
+def test_units_of_the_same_composition_give_the_same_bits_and_others_close_ones(
+    backbone: Native, kernel: Kernel
+) -> None:
     layout = layout_of(backbone, "cfg")
     rows = candidates(layout, 3)
     part = [2, 0]
@@ -225,7 +227,7 @@ def test_each_picture_may_have_its_own_noise_level(denoiser: Denoiser) -> None:
             torch.testing.assert_close(mixed[row], denoiser.velocity(x, step)[row], rtol=0, atol=1e-5)
 
 
-def test_stock_backbones_have_no_velocities(backbone: SD3) -> None:
+def test_stock_backbones_have_no_velocities(backbone: Native) -> None:
     layout = layout_of(backbone)
     stock = Stock.of(copy.deepcopy(backbone.pipeline))
     with (
