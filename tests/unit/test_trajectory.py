@@ -153,9 +153,7 @@ def test_noise_of_a_step_is_a_function_of_picture_and_step(denoiser: Denoiser, u
 
 
 @every_kernel
-def test_units_of_the_same_composition_give_the_same_bits_others_close_ones(
-    backbone: Native, kernel: Kernel
-) -> None:
+def test_units_of_the_same_composition_give_the_same_bits_others_close_ones(backbone: Native, kernel: Kernel) -> None:
     layout = layout_of(backbone, "cfg")
     rows = candidates(layout, 3)
     part = [2, 0]
