@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling_tools import candidates, denoising, trainable
 from tiny_clip import save_clip
 
 from calibri_lightning.backbones import SD3
@@ -16,7 +17,9 @@ from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.rewards.pickscore import PickScore
 from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.kernels import CPS, DanceSDE, FlowSDE
 from calibri_lightning.sampling.rows import automatic_rows, sample_once
+from calibri_lightning.sampling.trajectory import replay, roll_out
 from calibri_lightning.shapes.captions import prompts
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
@@ -108,3 +111,29 @@ def test_pickscore_scores_where_the_pictures_are(tmp_path: Path) -> None:
     assert on_gpu.is_cuda
     assert PickScore(folder, device="cpu")(pictures.cuda(), texts).device.type == "cpu"
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("members", ["single", "cfg"])
+def test_a_replay_with_gradients_equals_its_roll_out_bit_for_bit(members: str, dtype: torch.dtype) -> None:
+    """Other attention kernels may run where gradients are enabled: the ratio before the first update must be 1."""
+    pipe = build_pipeline(TINY)
+    pipe.transformer.to(dtype)
+    backbone = SD3.of(pipe)
+    backbone.to("cuda")
+    layout = build_layout(find_sites(backbone.transformer), "gate", members, 3.0)
+    rows, seeds = trainable(candidates(layout, 3)), [1, 2, 3]
+    with denoising(backbone, layout, rows, ["a red circle"] * 3, [""] * 3) as denoiser:
+        for kernel in (FlowSDE(), DanceSDE(), CPS()):
+            kept, offloaded = (
+                roll_out(denoiser, backbone.noise(seeds), kernel, (0, 1), seeds, offload=offload)
+                for offload in (False, True)
+            )
+            assert torch.equal(kept.log_probs, offloaded.log_probs)
+            for index in range(2):
+                with denoiser.attached():
+                    log_prob = replay(denoiser, offloaded, index, kernel).log_prob
+                    assert torch.equal(log_prob, kept.log_probs[index])
+                    log_prob.sum().backward()
+    assert rows.scales.grad is not None
+    assert rows.scales.grad.isfinite().all()

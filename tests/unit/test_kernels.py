@@ -147,7 +147,7 @@ def test_cps_in_the_first_steps_keeps_the_spread_of_the_ode() -> None:
 
 
 def errors(kernel: Kernel | None) -> list[float]:
-    return [TARGET_STD - final_std(kernel, torch.linspace(1, 0, n + 1)) for n in (400, 800, 1600, 3200)]
+    return [TARGET_STD - final_std(kernel, torch.linspace(1, 0, n + 1)) for n in (400, 800, 1600)]
 
 
 @pytest.mark.parametrize("kernel", [None, DanceSDE()])
@@ -155,15 +155,15 @@ def test_euler_steps_converge_to_the_target_with_order_one(kernel: Kernel | None
     found = errors(kernel)
     for coarse, fine in zip(found[:-1], found[1:], strict=True):
         assert coarse / fine == pytest.approx(2, rel=0.01)
-    assert abs(found[-1]) < 3e-4
+    assert abs(found[-1]) < 5e-4
 
 
 def test_flow_sde_converges_more_slowly_and_cps_does_not() -> None:
     """The first step of Flow-SDE adds noise of std a however short it is; later steps forget it, as a power."""
     found = errors(FlowSDE())
     assert all(0 > fine > 0.9 * coarse for coarse, fine in zip(found[:-1], found[1:], strict=True))
-    assert abs(found[-1]) < 7e-4
-    assert min(errors(CPS())) > 0.05
+    assert abs(found[-1]) < 8e-4
+    assert TARGET_STD - final_std(CPS(), torch.linspace(1, 0, 801)) > 0.05
 
 
 @every_kernel
