@@ -237,6 +237,12 @@ def test_what_cannot_be_trained_and_names_that_are_taken_are_refused() -> None:
     add_lora(model, LoraOptions(rank=1), seed=0)
     with pytest.raises(UserError, match="trains is full, but the transformer has a LoRA"):
         Policy(nn.Parameter(torch.ones(1)), model, "full", torch.ones(1))
+    quantised = tiny_sd3(num_layers=2)
+    quantised.hf_quantizer = object()
+    with pytest.raises(UserError, match="trains is full, but the transformer is quantised"):
+        Policy(nn.Parameter(torch.ones(1)), quantised, "full", torch.ones(1))
+    with pytest.raises(UserError, match="trains is 'all'. It is one of none, scales, lora, both, full"):
+        Policy(nn.Parameter(torch.ones(1)), quantised, "all", torch.ones(1))
     policy = made("both")
     for name in ("live", "base"):
         with pytest.raises(UserError, match=f"cannot be called '{name}'"):
