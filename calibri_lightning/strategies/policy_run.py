@@ -153,9 +153,10 @@ class PolicyRun(Strategy):
         return self._candidate(module, LIVE if self._ema is None else EMA)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets an earlier fit."""
+        """Forgets an earlier fit; refuses a backbone that has no velocities to give."""
         if stage == "fit":
             self._reset()
+            cast("CalibratedModule", pl_module).engine.backbone.schedule(1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the optimiser, or takes its state from the checkpoint; a run that had ended does not go on."""
