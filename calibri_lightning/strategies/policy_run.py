@@ -78,7 +78,7 @@ class PolicySettings:
     @property
     def images_per_step(self) -> int:
         """Pictures of a training step."""
-        return self.images_per_step
+        return self.num_groups * self.group_size
 
     def recorded(self) -> dict[str, str | int]:
         """What must not change when a run is resumed."""
