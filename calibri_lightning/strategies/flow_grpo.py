@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from calibri_lightning.adapters.policy import BASE
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.kernels import CPS, FlowSDE, Kernel
 from calibri_lightning.sampling.trajectory import Replay, Trajectory, replay, roll_out
@@ -16,10 +15,9 @@ from calibri_lightning.strategies.budget import StopRules
 from calibri_lightning.strategies.ema import EmaOptions
 from calibri_lightning.strategies.gradient_step import AdamWOptions
 from calibri_lightning.strategies.grpo_loss import GRPOOptions, LossStats, StepNoise, StepPrediction, grpo_loss
-from calibri_lightning.strategies.policy_run import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicySettings
+from calibri_lightning.strategies.policy_run import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicySettings, Reference
 from calibri_lightning.strategies.policy_strategy import PolicyStrategy, UnitWork
 from calibri_lightning.strategies.rollouts import Drawn
-from calibri_lightning.strategies.selection import START
 from calibri_lightning.strategies.unit_denoiser import live_rows, rows_of, unit_denoiser
 
 if TYPE_CHECKING:
@@ -28,10 +26,6 @@ if TYPE_CHECKING:
     from calibri_lightning.strategies.base import CalibratedModule
     from calibri_lightning.strategies.groups import Slots
     from calibri_lightning.strategies.step_record import StepRecord
-
-Reference = Literal["base", "start"]
-"""What the KL term holds the policy to: the model without LoRA and scales, or the policy as the run began."""
-
 
 _LOSS = GRPOOptions()
 
@@ -188,9 +182,8 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         """What the reference says of each step, before any graph of the policy exists."""
         if self.loss.kl == "none":
             return None
-        name = BASE if self.reference == "base" else START
-        reference = denoiser.with_rows(rows_of(module, module.policy.theta_of(name), len(denoiser)))
-        with torch.no_grad(), module.policy.using(name), reference.attached():
+        reference = denoiser.with_rows(rows_of(module, module.policy.theta_of(self.reference), len(denoiser)))
+        with torch.no_grad(), module.policy.using(self.reference), reference.attached():
             steps = range(len(trajectory.steps))
             return [_prediction(replay(reference, trajectory, index, self.kernel)) for index in steps]
 
