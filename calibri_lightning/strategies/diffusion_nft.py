@@ -157,7 +157,7 @@ class DiffusionNFT(PolicyStrategy[Tensor]):
         with module.policy.using(OLD):
             samples = integrate(denoiser, noise)
         # A picture that went wrong is masked by its reward, but 0 times the gradient of NaN would still be NaN.
-        finite = samples.latents.nan_to_num()
+        finite = samples.latents.nan_to_num(0.0, 0.0, 0.0)
         return Drawn(finite.cpu() if self.offload else finite, samples.latents, samples.num_forwards)
 
     def backward(self, module: CalibratedModule, work: UnitWork[Tensor], record: StepRecord) -> None:
