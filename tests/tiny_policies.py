@@ -29,9 +29,9 @@ def policy_module(folder: Path, strategy: Strategy, members: str = "single", **o
         members: "single" or "cfg".
         **options: Further arguments of the module, or others than these.
     """
-    defaults = {"num_steps": 2, "rows_per_forward": 6, "lora": LoraOptions(rank=2)}
+    defaults = {"rewards": {REDNESS: 1.0}, "num_steps": 2, "rows_per_forward": 6, "lora": LoraOptions(rank=2)}
     backbone = SD3(str(folder / "model"))
-    return CalibriModule(backbone, {REDNESS: 1.0}, strategy, MEMBERS[members], **(defaults | options))
+    return CalibriModule(backbone, strategy=strategy, calibration=MEMBERS[members], **(defaults | options))
 
 
 def train(
