@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+import tiny_rewards
 import torch
 from lightning.pytorch import Callback, Trainer
 from quiet_trainer import quiet_trainer
+from run_files import checkpoint, last
+from tiny_runs import VAL, TinyRuns, forked
 from torch import Tensor, nn
 
 from calibri_lightning import SD3, CalibrationConfig, CalibriModule, PromptData
@@ -66,6 +71,25 @@ def state_of(checkpoint: Mapping[str, Any], strategy: str) -> dict[str, Any]:
         "global_step": checkpoint["global_step"],
         "strategy": callback,
     }
+
+
+def killed_and_resumed(
+    runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str
+) -> tuple[Path, Path]:
+    """Runs three steps whole, and again killed in the second unit of the second step and resumed; both folders."""
+    monkeypatch.setenv(tiny_rewards.CALLS, str(tmp_path / "calls"))
+    whole = runs.fit("whole", *flags, "--trainer.max_steps=3")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    # Between the steps stand the validations of what they brought.
+    first = next(place for place, text in enumerate(calls) if text in VAL)
+    second = next(place for place in range(first, len(calls)) if calls[place] not in VAL)
+    (tmp_path / "calls").unlink()
+    kill = {tiny_rewards.KILL_AT: str(second + 2)}
+    [code] = forked([runs.arguments("fit", "cut", *flags, "--trainer.max_steps=3")], [kill], tmp_path / "log")
+    assert code == -signal.SIGKILL
+    cut = runs.latest("cut")
+    assert checkpoint(cut)["global_step"] == 1
+    return runs.fit("cut", *flags, "--trainer.max_steps=3", f"--ckpt_path={last(cut)}"), whole
 
 
 class CountedRows:

@@ -12,6 +12,7 @@ from calibri_lightning.sampling.trajectory import Replay, Trajectory, replay, ro
 from calibri_lightning.sampling.windows import AllSteps, Window
 from calibri_lightning.strategies.advantages import AdvantageOptions
 from calibri_lightning.strategies.budget import StopRules
+from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.ema import EmaOptions
 from calibri_lightning.strategies.gradient_step import AdamWOptions
 from calibri_lightning.strategies.grpo_loss import GRPOOptions, LossStats, StepNoise, StepPrediction, grpo_loss
@@ -103,6 +104,7 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
                 stop,
             )
         )
+        check_at_least("num_steps", num_steps, 1, "it is a number of sampling steps")
         if loss.guard != "off" and isinstance(kernel, CPS):
             raise UserError(
                 f"loss.guard is {loss.guard} and the kernel CPS, whose log-probability is not that of a Gaussian, so "

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_rewards
 import torch
 from lightning.pytorch import Callback
-from run_files import checkpoint, last
-from tiny_policies import REDNESS, CountedRows, perturbed, policy_module, same, state_of, train
-from tiny_runs import TRAIN, Capture, TinyRuns, forked, refused
+from run_files import checkpoint
+from tiny_policies import REDNESS, CountedRows, killed_and_resumed, perturbed, policy_module, same, state_of, train
+from tiny_runs import TRAIN, Capture, TinyRuns, refused
 from torch import Tensor
 
 from calibri_lightning import CalibriModule, DiffusionNFT
@@ -315,23 +313,9 @@ FIT = (
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: str
 ) -> None:
-    """Weights, optimiser, average, old policy and best copy, bit for bit; killed in the second step's second unit."""
-    monkeypatch.setenv(tiny_rewards.CALLS, str(tmp_path / "calls"))
-    flags = (*FIT, f"--model.strategy.train={trains}", "--model.lora.rank=2", "--trainer.max_steps=3")
-    whole = runs.fit("whole", *flags)
-    calls = (tmp_path / "calls").read_text().splitlines()
-    # The validation of the start and of the first step stand between the steps.
-    first = next(place for place, text in enumerate(calls) if text.startswith("two"))
-    second = next(place for place in range(first, len(calls)) if not calls[place].startswith("two"))
-    (tmp_path / "calls").unlink()
-    kill = {tiny_rewards.KILL_AT: str(second + 2)}
-    [code] = forked([runs.arguments("fit", "cut", *flags)], [kill], tmp_path / "log")
-    assert code == -signal.SIGKILL
-    cut = runs.latest("cut")
-    assert checkpoint(cut)["global_step"] == 1
-
-    resumed = runs.fit("cut", *flags, f"--ckpt_path={last(cut)}")
-
+    """Weights, optimiser, average, old policy and best copy, bit for bit."""
+    flags = (*FIT, f"--model.strategy.train={trains}", "--model.lora.rank=2")
+    resumed, whole = killed_and_resumed(runs, tmp_path, monkeypatch, *flags)
     found, expected = (state_of(checkpoint(path), "DiffusionNFT") for path in (resumed, whole))
     assert set(expected["policy"]["copies"]) >= {OLD, START}
     assert not same(expected["policy"]["copies"][OLD], expected["policy"]["copies"][START])
