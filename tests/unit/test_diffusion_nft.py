@@ -1,4 +1,4 @@
-"""DiffusionNFT in a fit: gradients against a loop by hand, who makes the pictures, levels, costs, resume, refusals."""
+"""DiffusionNFT in a fit: gradients against a loop by hand, who makes the pictures, costs, resume, refusals."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from calibri_lightning import CalibriModule, DiffusionNFT
 from calibri_lightning.adapters.swap import overwrite
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt, PromptBatch
-from calibri_lightning.sampling.noise import forward_noise_seed, levels_seed, noise_seed, step_noise_seed
+from calibri_lightning.sampling.noise import forward_noise_seed, levels_seed
 from calibri_lightning.strategies.diffusion_nft import OLD
 from calibri_lightning.strategies.gradient_step import AdamWOptions
 from calibri_lightning.strategies.groups import Slots
 from calibri_lightning.strategies.nft_loss import NFTOptions, OldPolicyDecay
-from calibri_lightning.strategies.noise_levels import NoiseLevels
 from calibri_lightning.strategies.policy_strategy import UnitWork
 from calibri_lightning.strategies.selection import START
 from calibri_lightning.strategies.step_record import StepRecord
@@ -34,7 +33,6 @@ BATCH = PromptBatch(4, (Prompt("a red circle", 0), Prompt("a blue square", 3)))
 SLOTS = Slots.of(BATCH, 3, 0)
 ADVANTAGES = torch.tensor([1.0, -2.0, 0.5, 7.0, -0.3, 0.9])
 MASK = torch.tensor([True, True, False, True, True, True])
-SIGMAS = torch.tensor([1.0, 0.9, 0.75, 0.4, 0.1, 0.0])
 
 
 def nft(**options: Any) -> DiffusionNFT:
@@ -104,7 +102,9 @@ class ByHand:
             tensors["theta"] = torch.from_numpy(self.module.layout.start.copy())
         return tensors
 
-    def loss(self, slot: int, num_timesteps: int, beta: float, kl_weight: float, reference: dict[str, Tensor]) -> Tensor:
+    def loss(
+        self, slot: int, num_timesteps: int, beta: float, kl_weight: float, reference: dict[str, Tensor]
+    ) -> Tensor:
         seed, sigmas = SLOTS.seeds[slot], self.backbone.schedule(self.module.num_steps)
         old = dict(self.module.policy.tensors(OLD))
         x0 = self.backbone.noise([seed])
@@ -130,7 +130,8 @@ class ByHand:
 
 
 @pytest.mark.parametrize(
-    ("trains", "members", "reference"), [("scales", "cfg", "start"), ("lora", "single", "base"), ("both", "cfg", "base")]
+    ("trains", "members", "reference"),
+    [("scales", "cfg", "start"), ("lora", "single", "base"), ("both", "cfg", "base")],
 )
 def test_gradient_is_that_of_a_loop_over_pictures_levels_and_members(
     tiny_folder: Path, trains: str, members: str, reference: str
@@ -248,53 +249,6 @@ def test_costs_are_those_on_paper_and_those_of_the_network(
     assert module.budget.images == 6
 
 
-@pytest.mark.usefixtures("untouched_rng")
-def test_levels_of_a_picture_are_a_permutation_of_its_own() -> None:
-    seeds = SLOTS.seeds
-    drawn = NoiseLevels().draw(SIGMAS, seeds)
-    assert drawn.shape == (5, 6)
-    for column_of in drawn.T:
-        assert sorted(column_of.tolist(), reverse=True) == SIGMAS[:-1].tolist()
-    assert len({tuple(column_of.tolist()) for column_of in drawn.T}) > 1, "not one order for all"
-    for place, seed in enumerate(seeds):
-        assert torch.equal(NoiseLevels().draw(SIGMAS, [seed])[:, 0], drawn[:, place]), "whoever else is in the batch"
-    fewer = NoiseLevels(num_timesteps=2).draw(SIGMAS, seeds)
-    assert torch.equal(fewer, drawn[:2]), "a part of the same order"
-
-
-def test_over_many_pictures_every_level_comes_as_often_in_every_place() -> None:
-    drawn = NoiseLevels(num_timesteps=2).draw(SIGMAS, range(4000))
-    for place in drawn:
-        counts = torch.stack([(place == level).sum() for level in SIGMAS[:-1]]).double()
-        assert (counts - 800).abs().max() < 5 * (4000 * 0.2 * 0.8) ** 0.5
-
-
-def test_the_noisiest_levels_alone() -> None:
-    half = NoiseLevels(noisiest=0.4)
-    assert half.count(5) == 2
-    assert set(half.draw(SIGMAS, range(20)).flatten().tolist()) == set(SIGMAS[:2].tolist())
-
-
-@pytest.mark.parametrize("noisiest", [1.0, 0.25])
-def test_uniform_levels_fill_their_range_evenly(noisiest: float) -> None:
-    drawn = NoiseLevels("uniform", 8, noisiest).draw(SIGMAS, range(500))
-    assert drawn.shape == (8, 500)
-    share = (1 - drawn) / noisiest
-    assert ((share >= 0) & (share <= 1 + 1e-6)).all()
-    assert torch.equal((share * 8 - 1e-4).floor().clamp(min=0).sort(dim=0).values[:, 0], torch.arange(8.0))
-    # A place alone is uniform: mean 1/2, variance 1/12.
-    assert float(share[0].mean()) == pytest.approx(0.5, abs=5 * (1 / 12 / 500) ** 0.5)
-    assert float(share[0].var()) == pytest.approx(1 / 12, rel=0.2)
-
-
-def test_seeds_of_training_are_no_seeds_of_sampling() -> None:
-    seed = noise_seed(0, 0, 0, 0)
-    others = {seed, *(step_noise_seed(seed, step) for step in range(9)), levels_seed(seed)}
-    assert others.isdisjoint(forward_noise_seed(seed, number) for number in range(9))
-    assert len(others) == 11
-    assert all(0 <= other < 2**63 for other in others)
-
-
 FIT = (
     "--model.strategy=DiffusionNFT",
     "--model.strategy.num_groups=2",
@@ -385,7 +339,9 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], words: list[
         assert word in str(caught.value)
 
 
-def test_more_levels_than_the_schedule_has_are_refused_before_the_first_picture(runs: TinyRuns, capsys: Capture) -> None:
+def test_more_levels_than_the_schedule_has_are_refused_before_the_first_picture(
+    runs: TinyRuns, capsys: Capture
+) -> None:
     flags = (*FIT, "--model.strategy.train=scales", "--model.strategy.num_timesteps=3", "--data.val=null")
     message = refused(runs, capsys, *flags, worked=True)
     for word in ("num_timesteps is 3", "schedule of 2 steps has 2 noise levels", "timesteps: uniform"):
