@@ -1,7 +1,8 @@
 """DiffusionNFT (arXiv 2509.16117): finished pictures are noised again; good ones attract the policy, bad ones repel it.
 
-The forward process alone is needed: no stochastic sampler, no log-probabilities, no trajectories. A picture costs num_steps forwards to make; each noise level of it costs 1 of the old policy, 2 of the policy (a forward
-with its backward) and 1 of the reference where the KL has a weight.
+The forward process alone is needed: no stochastic sampler, no log-probabilities, no trajectories. A picture costs
+num_steps forwards to make; each noise level of it costs 1 of the old policy, 2 of the policy (a forward with its
+backward) and 1 of the reference where the KL has a weight.
 """
 
 from __future__ import annotations
