@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from calibri_lightning.data import PromptData
     from calibri_lightning.errors import UserError
     from calibri_lightning.module import CalibriModule
-    from calibri_lightning.strategies import CMAES, FlowGRPO, PairES
+    from calibri_lightning.strategies import CMAES, DiffusionNFT, FlowGRPO, PairES
 
 _HOMES = {
     "CMAES": "strategies",
     "CalibrationConfig": "assembly",
     "CalibriModule": "module",
+    "DiffusionNFT": "strategies",
     "FLUX1": "backbones",
     "FLUX2": "backbones",
     "FlowGRPO": "strategies",
@@ -46,6 +47,7 @@ __all__ = [
     "SD3",
     "CalibrationConfig",
     "CalibriModule",
+    "DiffusionNFT",
     "FlowGRPO",
     "Krea2",
     "Lumina2",

@@ -114,6 +114,18 @@ def strategy_of(file: Path) -> CMAES | PairES:
     return {"CMAES": CMAES, "PairES": PairES}[strategy["class_path"].rpartition(".")[2]](**strategy["init_args"])
 
 
+def is_policy(file: Path) -> bool:
+    """Whether a configuration trains by gradients."""
+    return str(parsed(file)["model"]["strategy"]["class_path"]).endswith(("FlowGRPO", "DiffusionNFT"))
+
+
+def images_of_step(file: Path, num_parameters: int) -> int:
+    """Pictures of a training step."""
+    if is_policy(file):
+        return 3 * 2
+    return strategy_of(file).num_cells(num_parameters)
+
+
 def write_prompts(folder: Path) -> None:
     """Puts prompts where the configurations expect them, when run in that folder."""
     (folder / "prompts").mkdir()
@@ -130,7 +142,9 @@ def small(file: Path, model: Path, *more: str) -> list[str]:
         f"--model.backbone.pretrained={model}",
         f"--model.backbone.height={side}",
         f"--model.backbone.width={side}",
-        "--model.num_steps=1",
+        # A window of steps, or several noise levels, need as many steps.
+        *(("--model.strategy.num_groups=3", "--model.strategy.group_size=2") if is_policy(file) else ()),
+        f"--model.num_steps={5 if is_policy(file) else 1}",
         "--model.full_num_steps=1",
         "--model.num_grid_prompts=1",
         "--model.num_diversity_prompts=1",

@@ -43,6 +43,16 @@ def always_nan(images: Tensor, prompts: Sequence[object]) -> Tensor:
     return torch.full((len(images),), torch.nan)
 
 
+def constant(images: Tensor, prompts: Sequence[object]) -> Tensor:
+    return torch.ones(len(images))
+
+
+def nan_on_the_first(images: Tensor, prompts: Sequence[object]) -> Tensor:
+    rewards = redness(images, prompts)
+    rewards[0] = torch.nan
+    return rewards
+
+
 def nan_on_green(images: Tensor, prompts: Sequence[object]) -> Tensor:
     green = torch.tensor(["green" in prompt.text for prompt in prompts])
     return redness(images, prompts).masked_fill(green, torch.nan)

@@ -1,4 +1,4 @@
-"""Seeds of initial noise and of the noise of steps: the only sources of randomness of a picture."""
+"""Seeds of initial noise, of the noise of steps and of training: the only sources of randomness of a picture."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def noise_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> in
     Returns:
         63 bits of a SHA-256 digest, so that neighbouring arguments give unrelated seeds.
     """
-    digest = hashlib.sha256(f"calibri-noise:{seed}:{step}:{prompt_index}:{sample_index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return _seed(f"calibri-noise:{seed}:{step}:{prompt_index}:{sample_index}")
 
 
 def step_noise_seed(picture_seed: int, step: int) -> int:
@@ -34,5 +33,33 @@ def step_noise_seed(picture_seed: int, step: int) -> int:
     Returns:
         63 bits of a SHA-256 digest, unrelated to the seeds of initial noise.
     """
-    digest = hashlib.sha256(f"calibri-step-noise:{picture_seed}:{step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return _seed(f"calibri-step-noise:{picture_seed}:{step}")
+
+
+def forward_noise_seed(picture_seed: int, number: int) -> int:
+    """Seed of the noise with which a finished picture is noised again, to be trained on.
+
+    Args:
+        picture_seed: Seed of the picture's initial noise, from `noise_seed`.
+        number: Which of the noise levels that the picture is trained on.
+
+    Returns:
+        63 bits of a SHA-256 digest, unrelated to all other seeds.
+    """
+    return _seed(f"calibri-forward-noise:{picture_seed}:{number}")
+
+
+def levels_seed(picture_seed: int) -> int:
+    """Seed of the choice and the order of the noise levels that one picture is trained on.
+
+    Args:
+        picture_seed: Seed of the picture's initial noise, from `noise_seed`.
+
+    Returns:
+        63 bits of a SHA-256 digest, unrelated to all other seeds.
+    """
+    return _seed(f"calibri-levels:{picture_seed}")
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -57,9 +57,22 @@ def sample(
     Returns:
         The latents at sigma 0.
     """
-    denoiser = Denoiser(backbone, attachment, rows, members, prompts, negatives, num_steps)
+    return integrate(Denoiser(backbone, attachment, rows, members, prompts, negatives, num_steps), noise)
+
+
+@torch.no_grad()
+def integrate(denoiser: Denoiser, noise: Tensor) -> Samples:
+    """Integrates the probability-flow ODE by Euler steps.
+
+    Args:
+        denoiser: The model and its B pictures; not attached.
+        noise: Initial latents [B, ...], float32.
+
+    Returns:
+        The latents at sigma 0.
+    """
     sigmas, x = denoiser.sigmas, noise
     with denoiser.attached():
-        for step in range(num_steps):
+        for step in range(denoiser.num_steps):
             x = euler_step(x, denoiser.velocity(x, step), sigmas[step], sigmas[step + 1])
-    return Samples(x, denoiser.num_rows * num_steps)
+    return Samples(x, denoiser.num_rows * denoiser.num_steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from calibri_lightning.strategies.base import BestVector, CalibratedModule, Strategy
 from calibri_lightning.strategies.budget import StopRules
 from calibri_lightning.strategies.cma_es import CMAES
+from calibri_lightning.strategies.diffusion_nft import DiffusionNFT
 from calibri_lightning.strategies.evolution import EvolutionStrategy
 from calibri_lightning.strategies.flow_grpo import FlowGRPO
 from calibri_lightning.strategies.pair_es import PairES
@@ -14,6 +15,7 @@ __all__ = [
     "CMAES",
     "BestVector",
     "CalibratedModule",
+    "DiffusionNFT",
     "EvolutionStrategy",
     "FlowGRPO",
     "GenerationReport",

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
-from calibri_lightning.adapters.policy import BASE
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.kernels import CPS, FlowSDE, Kernel
 from calibri_lightning.sampling.trajectory import Replay, Trajectory, replay, roll_out
 from calibri_lightning.sampling.windows import AllSteps, Window
 from calibri_lightning.strategies.advantages import AdvantageOptions
 from calibri_lightning.strategies.budget import StopRules
+from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.ema import EmaOptions
 from calibri_lightning.strategies.gradient_step import AdamWOptions
 from calibri_lightning.strategies.grpo_loss import GRPOOptions, LossStats, StepNoise, StepPrediction, grpo_loss
-from calibri_lightning.strategies.policy_run import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicySettings
+from calibri_lightning.strategies.policy_run import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicySettings, Reference
 from calibri_lightning.strategies.policy_strategy import PolicyStrategy, UnitWork
 from calibri_lightning.strategies.rollouts import Drawn
-from calibri_lightning.strategies.selection import START
 from calibri_lightning.strategies.unit_denoiser import live_rows, rows_of, unit_denoiser
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from calibri_lightning.strategies.base import CalibratedModule
     from calibri_lightning.strategies.groups import Slots
     from calibri_lightning.strategies.step_record import StepRecord
-
-Reference = Literal["base", "start"]
-"""What the KL term holds the policy to: the model without LoRA and scales, or the policy as the run began."""
-
 
 _LOSS = GRPOOptions()
 
@@ -110,6 +106,7 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
                 stop,
             )
         )
+        check_at_least("num_steps", num_steps, 1, "it is a number of sampling steps")
         if loss.guard != "off" and isinstance(kernel, CPS):
             raise UserError(
                 f"loss.guard is {loss.guard} and the kernel CPS, whose log-probability is not that of a Gaussian, so "
@@ -158,7 +155,7 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
             offload=self.offload,
         )
         # A picture that went wrong is masked by its reward, but 0 times the gradient of NaN would still be NaN.
-        finite = replace(trajectory, x=trajectory.x.nan_to_num(), x_next=trajectory.x_next.nan_to_num())
+        finite = replace(trajectory, x=_cleaned(trajectory.x), x_next=_cleaned(trajectory.x_next))
         return Drawn(finite, trajectory.latents, trajectory.num_forwards)
 
     def backward(self, module: CalibratedModule, work: UnitWork[Trajectory], record: StepRecord) -> None:
@@ -192,9 +189,8 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         """What the reference says of each step, before any graph of the policy exists."""
         if self.loss.kl == "none":
             return None
-        name = BASE if self.reference == "base" else START
-        reference = denoiser.with_rows(rows_of(module, module.policy.theta_of(name), len(denoiser)))
-        with torch.no_grad(), module.policy.using(name), reference.attached():
+        reference = denoiser.with_rows(rows_of(module, module.policy.theta_of(self.reference), len(denoiser)))
+        with torch.no_grad(), module.policy.using(self.reference), reference.attached():
             steps = range(len(trajectory.steps))
             return [_prediction(replay(reference, trajectory, index, self.kernel)) for index in steps]
 
@@ -220,3 +216,7 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
 
 def _prediction(found: Replay) -> StepPrediction:
     return StepPrediction(found.log_prob, found.mean, found.velocity)
+
+
+def _cleaned(latents: Tensor) -> Tensor:
+    return latents.nan_to_num(0.0, 0.0, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -33,6 +33,9 @@ ADVANTAGE, ADAMW, EMA_OPTIONS = AdvantageOptions(), AdamWOptions(), EmaOptions()
 """Defaults, which the command line needs as objects."""
 EMA, BEST = "ema", "best"
 """Copies of the policy that a gradient strategy keeps, besides where it started."""
+Reference = Literal["base", "start"]
+"""What a KL term holds the policy to, by the name of the copy: the model without LoRA and scales, or the policy as the
+run began."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,14 @@ class PolicyRun(Strategy):
         Raises:
             UserError: If the settings do not fit the module.
         """
+
+    def keep_copies(self, module: CalibratedModule) -> None:
+        """Keeps copies of the policy as a new run begins; a resumed run has those of its checkpoint.
+
+        Args:
+            module: The module that is trained.
+        """
+        module.policy.keep(START)
 
     @property
     def best(self) -> BestVector | None:
@@ -265,7 +276,7 @@ class PolicyRun(Strategy):
         self._recorded = self.recorded(module)
         loaded, self._loaded = self._loaded, None
         if loaded is None:
-            module.policy.keep(START)
+            self.keep_copies(module)
             return
         check_same(loaded["settings"], self._recorded)
         self._gradients.optimizer.load_state_dict(loaded["optimizer"])

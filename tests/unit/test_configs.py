@@ -20,6 +20,7 @@ from config_files import (
     OVERLAYS,
     ROOT,
     WHOLE,
+    images_of_step,
     label,
     lively,
     parsed,
@@ -222,7 +223,7 @@ def test_it_takes_a_step_on_a_tiny_model_of_its_class(file: Path, models: Callab
     members = 2 if config.members == "cfg" else 1
     dead = members * DEAD.get(folder, 0) if config.granularity == "gate" else 0
     assert len(calibration.values) == everything - dead
-    assert column(path, "train/images") == [strategy_of(file).num_cells(len(calibration.values))]
+    assert column(path, "train/images") == [images_of_step(file, len(calibration.values))]
     assert (path / "summary.json").is_file(), "the test at the end"
 
 
