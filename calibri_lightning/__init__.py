@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from calibri_lightning.data import PromptData
     from calibri_lightning.errors import UserError
     from calibri_lightning.module import CalibriModule
-    from calibri_lightning.strategies import CMAES, FlowGRPO, PairES
+    from calibri_lightning.strategies import CMAES, Alternate, FlowGRPO, PairES, Phase
 
 _HOMES = {
+    "Alternate": "strategies",
     "CMAES": "strategies",
     "CalibrationConfig": "assembly",
     "CalibriModule": "module",
@@ -27,6 +28,7 @@ _HOMES = {
     "Krea2": "backbones",
     "Lumina2": "backbones",
     "PairES": "strategies",
+    "Phase": "strategies",
     "PromptData": "data",
     "QwenImage": "backbones",
     "SD3": "backbones",
@@ -44,12 +46,14 @@ __all__ = [
     "FLUX1",
     "FLUX2",
     "SD3",
+    "Alternate",
     "CalibrationConfig",
     "CalibriModule",
     "FlowGRPO",
     "Krea2",
     "Lumina2",
     "PairES",
+    "Phase",
     "PromptData",
     "QwenImage",
     "Stock",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Krea2, Lumina2, QwenImage, Stock, ZImage
-from calibri_lightning.strategies import CMAES, FlowGRPO, PairES
+from calibri_lightning.strategies import CMAES, Alternate, FlowGRPO, PairES
 
-SHORT_NAMES = (SD3, FLUX1, FLUX2, QwenImage, ZImage, Lumina2, Krea2, Stock, PairES, CMAES, FlowGRPO)
+SHORT_NAMES = (SD3, FLUX1, FLUX2, QwenImage, ZImage, Lumina2, Krea2, Stock, PairES, CMAES, FlowGRPO, Alternate)
 """Classes that a configuration may name without their module."""
 
 
