@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,12 @@ class Module(FakeModule):
         self.theta = nn.Parameter(torch.from_numpy(self.start_theta.copy()))
         self.policy = Policy(self.theta, nn.Linear(1, 1), strategy.trains, torch.ones(N, dtype=torch.float64))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["policy"] = self.policy.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.policy.load_state_dict(checkpoint["policy"])
+
 
 def searches(first: int = 2, second: int = 1, **options: int) -> Alternate:
     return Alternate([Phase(STRATEGIES["default"](**options), first), Phase(STRATEGIES["pairs"](), second)])
@@ -46,7 +53,9 @@ def searches(first: int = 2, second: int = 1, **options: int) -> Alternate:
 def state_of(module: FakeModule) -> list[bytes]:
     parts = [part for part in module.strategy.parts if isinstance(part, EvolutionStrategy)]
     best = module.strategy.best
-    about = repr((best.score, best.origin, best.generation, best.weights, module.strategy.images, module.strategy.steps))
+    about = repr(
+        (best.score, best.origin, best.generation, best.weights, module.strategy.images, module.strategy.steps)
+    )
     means = [vector.tobytes() for part in parts for vector in (part._status.mean, part._status.tail)]
     return [*means, best.theta.tobytes(), module.theta.detach().numpy().tobytes(), about.encode()]
 
