@@ -100,6 +100,10 @@ def trained_state(path: Path) -> dict[str, Any]:
     return {"theta": found["state_dict"], "strategy": state, "policy": found["calibri_lightning"]["policy"]}
 
 
+def values(path: Path) -> tuple[float, ...]:
+    return read_calibration(path / "calibration.json").values
+
+
 def assert_same(one: Any, other: Any) -> None:
     """Bit for bit, through all that a checkpoint may hold."""
     assert type(one) is type(other)
@@ -133,18 +137,14 @@ def test_one_phase_of_gradients_is_the_strategy_itself(with_strategy: Make, trai
     for name, tensors in theirs["policy"]["copies"].items():
         assert_same(ours["policy"]["copies"][name if name == "start" else f"phase0.{name}"], tensors)
     assert ours["trace"] == theirs["trace"]
-    assert (
-        read_calibration(alternate / "calibration.json").values == read_calibration(alone / "calibration.json").values
-    )
+    assert values(alternate) == values(alone)
     assert column(alternate, "train/reward_mean") == column(alone, "train/reward_mean")
 
 
 def test_one_phase_of_a_search_is_the_search_itself(with_strategy: Make, runs: TinyRuns) -> None:
     alone = runs.fit("alone", *CMA, "--trainer.max_steps=3")
     alternate = with_strategy(turns((AGAIN, 1))).fit("turns", "--trainer.max_steps=3")
-    assert (
-        read_calibration(alternate / "calibration.json").values == read_calibration(alone / "calibration.json").values
-    )
+    assert values(alternate) == values(alone)
     assert column(alternate, "val/mean") == column(alone, "val/mean")
     assert column(alternate, "train/sigma") == column(alone, "train/sigma")
 
@@ -189,18 +189,26 @@ def test_cut_off_anywhere_and_resumed_is_uninterrupted(
     # The LoRA's numbers are no part of which model it is.
     monkeypatch.setattr("calibri_lightning.resume.weights_digest", lambda transformer: "same")
     runs, steps = with_strategy(turns((grpo(train, ema={"interval": 1}), 1), (AGAIN, 1))), "--trainer.max_steps=4"
-    monkeypatch.setenv(tiny_rewards.CALLS, str(tmp_path / "calls"))
-    whole = runs.fit("whole", steps)
-    count = len((tmp_path / "calls").read_text().splitlines())
-    for number, call in enumerate(range(3, count, max(1, count // 5))):
-        (tmp_path / "calls").unlink()
-        monkeypatch.setenv(tiny_rewards.INTERRUPT_AT, str(call))
-        assert runs("fit", f"cut{number}", steps) == 130
-        monkeypatch.delenv(tiny_rewards.INTERRUPT_AT)
-        cut = runs.latest(f"cut{number}")
-        if not last(cut).is_file():
-            continue
-        resumed = runs.fit(f"on{number}", steps, f"--ckpt_path={last(cut)}")
+    calls, after = tmp_path / "calls", []
+    monkeypatch.setenv(tiny_rewards.CALLS, str(calls))
+    step = Alternate.training_step
+
+    def spy(*arguments: Any) -> None:
+        step(*arguments)
+        after.append(len(calls.read_text().splitlines()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Alternate, "training_step", spy)
+        whole = runs.fit("whole", steps)
+    for done, call in list(enumerate(after))[1:]:
+        calls.unlink()
+        with monkeypatch.context() as patch:
+            # The last pictures of the next step: its turn has begun, and some of its work is in the ledger.
+            patch.setenv(tiny_rewards.INTERRUPT_AT, str(call))
+            assert runs("fit", f"cut{done}", steps) == 130
+        cut = runs.latest(f"cut{done}")
+        assert checkpoint(cut)["global_step"] == done
+        resumed = runs.fit(f"on{done}", steps, f"--ckpt_path={last(cut)}")
         assert_same(trained_state(resumed), trained_state(whole))
         assert (resumed / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
 
@@ -228,17 +236,17 @@ def test_the_best_of_a_search_keeps_the_network_it_was_validated_with(
         held = dict(seen.module.policy.parameters())
         assert of_network(held) == best[1] == seen.networks[1]
     assert of_network(dict(seen.module.policy.tensors("live"))) != best[1]
-    assert read_calibration(path / "calibration.json").values == tuple(answer.theta)
+    assert values(path) == tuple(answer.theta)
 
 
 def test_a_search_starts_from_the_scales_of_a_gradient_run(with_strategy: Make, runs: TinyRuns) -> None:
-    trained = with_strategy(grpo("scales")).fit("trained", "--trainer.val_check_interval=100", "--data.val=null")
-    theta = read_calibration(trained / "calibration.json").values
-    assert any(value not in (1.0, 3.0) for value in theta)
+    trained = with_strategy(grpo("scales", ema=None)).fit("trained", "--trainer.max_steps=1", "--data.val=null")
+    theta = values(trained)
+    assert max(abs(value - 1) for value in theta[:-1]) > 0.03
     start = f"--model.init_from={trained / 'calibration.json'}"
-    # So small a step size that the first candidates, and with them the mean, stay where the search began.
-    path = runs.fit("warm", *CMA, start, "--model.strategy.sigma0=1e-9", "--trainer.max_steps=1", "--data.val=null")
-    np.testing.assert_allclose(read_calibration(path / "calibration.json").values, theta, atol=1e-7)
+    # With so small a step size the first candidates, and with them the mean, stay where the search began.
+    path = runs.fit("warm", *CMA, start, "--model.strategy.sigma0=1e-5", "--trainer.max_steps=1", "--data.val=null")
+    np.testing.assert_allclose(values(path), theta, atol=1e-3)
 
 
 def test_phases_parse_with_short_names_and_say_what_is_wrong(
@@ -246,9 +254,9 @@ def test_phases_parse_with_short_names_and_say_what_is_wrong(
 ) -> None:
     made = with_strategy(turns((grpo("lora"), 2), (AGAIN, 1)))
     parsed = parse_fit([f"--config={made.config}"])["model"]["strategy"]
-    assert parsed["class_path"] == "calibri_lightning.strategies.alternate.Alternate"
+    assert parsed["class_path"].rpartition(".")[2] == "Alternate"
     first, second = parsed["init_args"]["phases"]
-    assert first["strategy"]["class_path"] == "calibri_lightning.strategies.flow_grpo.FlowGRPO"
+    assert first["strategy"]["class_path"].rpartition(".")[2] == "FlowGRPO"
     assert first["strategy"]["init_args"]["optimizer"]["lr"] == 0.05
     assert (first["steps"], second["steps"], second["strategy"]["init_args"]["popsize"]) == (2, 1, 4)
     assert "phases[0].steps" in refused(with_strategy(turns((AGAIN, 0))), capsys)
