@@ -18,7 +18,16 @@ from calibri_lightning.prompts import PromptBatch
 from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Strategy, Words
 from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.history import check_same
-from calibri_lightning.strategies.phases import Order, Phase, PhaseModule, Turn, copy_prefix, union
+from calibri_lightning.strategies.phases import (
+    Order,
+    Phase,
+    PhaseModule,
+    Turn,
+    check_phases,
+    copy_prefix,
+    overlap,
+    union,
+)
 from calibri_lightning.strategies.policy_run import BEST
 from calibri_lightning.strategies.selection import START
 from calibri_lightning.strategies.turns import TurnStrategy
@@ -59,7 +68,7 @@ class Alternate(Strategy):
     owns_theta: ClassVar[bool] = True
 
     def __init__(self, phases: list[Phase], cycles: int | None = None) -> None:
-        _check_phases(phases)
+        check_phases(phases)
         check_at_least("cycles", cycles, 1, "it is a number of turns of each phase")
         self.phases = tuple(phases)
         self.parts = tuple(cast("TurnStrategy", phase.strategy) for phase in phases)
@@ -256,7 +265,7 @@ class Alternate(Strategy):
         part, view = self._current()
         since = self._last_step[turn.phase]
         moved = any(
-            number != turn.phase and step > since and _overlap(other, part)
+            number != turn.phase and step > since and overlap(other, part)
             for number, (other, step) in enumerate(zip(self.parts, self._last_step, strict=True))
         )
         view.part.focus()
@@ -293,30 +302,6 @@ class Alternate(Strategy):
             if len(self._over) == len(self.parts):
                 reasons = (f"{type(part).__name__}: {self._over[i]}" for i, part in enumerate(self.parts))
                 self.stop_reason = "; ".join(reasons)
-
-
-def _check_phases(phases: list[Phase]) -> None:
-    if not phases:
-        raise UserError("strategy.phases is empty; name at least one phase: {strategy: {class_path: ...}, steps: 10}.")
-    for number, phase in enumerate(phases):
-        check_at_least(f"phases[{number}].steps", phase.steps, 1, "it is a number of training steps")
-        if not isinstance(phase.strategy, TurnStrategy):
-            raise UserError(
-                f"phases[{number}].strategy is {type(phase.strategy).__name__}, which cannot take turns with others. "
-                "Take one that does a whole step by itself, such as FlowGRPO, CMAES or PairES; write out the phases of "
-                "a nested Alternate."
-            )
-    if len({id(phase.strategy) for phase in phases}) < len(phases):
-        raise UserError(
-            "Two phases share one strategy object, whose state would be mixed up. Make one for each phase; for "
-            "repeated turns of the same one, set cycles or trainer.max_steps."
-        )
-
-
-def _overlap(one: Strategy, other: Strategy) -> bool:
-    """Whether two strategies train the same variables."""
-    theta = all(strategy.trains in ("scales", "both") for strategy in (one, other))
-    return theta or all(strategy.trains in ("lora", "both", "full") for strategy in (one, other))
 
 
 def _copy_name(number: int, name: str) -> str:

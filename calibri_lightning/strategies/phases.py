@@ -7,11 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from torch import Tensor
+
 from calibri_lightning.adapters.policy import LIVE
 from calibri_lightning.adapters.policy_part import PolicyPart
+from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.base import CalibratedModule, Candidate, Strategy
+from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.ledger import digest
 from calibri_lightning.strategies.selection import START
+from calibri_lightning.strategies.turns import TurnStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -115,6 +121,46 @@ def union(trains: Sequence[Trains]) -> Trains | None:
     return None if "full" in kinds else "both"
 
 
+def check_phases(phases: Sequence[Phase]) -> None:
+    """Checks that strategies can take turns.
+
+    Args:
+        phases: The phases.
+
+    Raises:
+        UserError: If there are none, one has no steps, or a strategy cannot take turns or stands in two phases.
+    """
+    if not phases:
+        raise UserError("strategy.phases is empty; name at least one phase: {strategy: {class_path: ...}, steps: 10}.")
+    for number, phase in enumerate(phases):
+        check_at_least(f"phases[{number}].steps", phase.steps, 1, "it is a number of training steps")
+        if not isinstance(phase.strategy, TurnStrategy):
+            raise UserError(
+                f"phases[{number}].strategy is {type(phase.strategy).__name__}, which cannot take turns with others. "
+                "Take one that does a whole step by itself, such as FlowGRPO, CMAES or PairES; write out the phases of "
+                "a nested Alternate."
+            )
+    if len({id(phase.strategy) for phase in phases}) < len(phases):
+        raise UserError(
+            "Two phases share one strategy object, whose state would be mixed up. Make one for each phase; for "
+            "repeated turns of the same one, set cycles or trainer.max_steps."
+        )
+
+
+def overlap(one: Strategy, other: Strategy) -> bool:
+    """Whether two strategies train the same variables.
+
+    Args:
+        one: A strategy.
+        other: Another one.
+
+    Returns:
+        True where both train theta, or both train the network.
+    """
+    theta = all(strategy.trains in ("scales", "both") for strategy in (one, other))
+    return theta or all(strategy.trains in ("lora", "both", "full") for strategy in (one, other))
+
+
 class PhaseTrainer:
     """The trainer, but for what a phase must not decide for the others.
 
@@ -211,7 +257,5 @@ def copy_prefix(number: int) -> str:
     return f"phase{number}."
 
 
-def _bytes(tensor: Any) -> bytes:
-    import torch
-
+def _bytes(tensor: Tensor) -> bytes:
     return bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

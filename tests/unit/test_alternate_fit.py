@@ -182,13 +182,14 @@ def test_scales_of_gradients_and_of_a_search_hand_theta_on(with_strategy: Make, 
     assert ema.num_updates == 1
 
 
-@pytest.mark.parametrize("train", ["scales", "both"])
+@pytest.mark.parametrize(("train", "max_steps"), [("scales", 4), ("both", 3)])
 def test_cut_off_anywhere_and_resumed_is_uninterrupted(
-    with_strategy: Make, train: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    with_strategy: Make, train: str, max_steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # The LoRA's numbers are no part of which model it is.
     monkeypatch.setattr("calibri_lightning.resume.weights_digest", lambda transformer: "same")
-    runs, steps = with_strategy(turns((grpo(train, ema={"interval": 1}), 1), (AGAIN, 1))), "--trainer.max_steps=4"
+    runs = with_strategy(turns((grpo(train, ema={"interval": 1}), 1), (AGAIN, 1)))
+    steps = f"--trainer.max_steps={max_steps}"
     calls, after = tmp_path / "calls", []
     monkeypatch.setenv(tiny_rewards.CALLS, str(calls))
     step = Alternate.training_step
