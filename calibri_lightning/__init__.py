@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from calibri_lightning.data import PromptData
     from calibri_lightning.errors import UserError
     from calibri_lightning.module import CalibriModule
-    from calibri_lightning.strategies import CMAES, DiffusionNFT, FlowGRPO, PairES
+    from calibri_lightning.strategies import CMAES, Alternate, DiffusionNFT, FlowGRPO, PairES, Phase
 
 _HOMES = {
+    "Alternate": "strategies",
     "CMAES": "strategies",
     "CalibrationConfig": "assembly",
     "CalibriModule": "module",
@@ -28,6 +29,7 @@ _HOMES = {
     "Krea2": "backbones",
     "Lumina2": "backbones",
     "PairES": "strategies",
+    "Phase": "strategies",
     "PromptData": "data",
     "QwenImage": "backbones",
     "SD3": "backbones",
@@ -45,6 +47,7 @@ __all__ = [
     "FLUX1",
     "FLUX2",
     "SD3",
+    "Alternate",
     "CalibrationConfig",
     "CalibriModule",
     "DiffusionNFT",
@@ -52,6 +55,7 @@ __all__ = [
     "Krea2",
     "Lumina2",
     "PairES",
+    "Phase",
     "PromptData",
     "QwenImage",
     "Stock",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Krea2, Lumina2, QwenImage, Stock, ZImage
-from calibri_lightning.strategies import CMAES, DiffusionNFT, FlowGRPO, PairES
+from calibri_lightning.strategies import CMAES, Alternate, DiffusionNFT, FlowGRPO, PairES
 
-SHORT_NAMES = (SD3, FLUX1, FLUX2, QwenImage, ZImage, Lumina2, Krea2, Stock, PairES, CMAES, FlowGRPO, DiffusionNFT)
+_BACKBONES = (SD3, FLUX1, FLUX2, QwenImage, ZImage, Lumina2, Krea2, Stock)
+_STRATEGIES = (PairES, CMAES, FlowGRPO, DiffusionNFT, Alternate)
+SHORT_NAMES = (*_BACKBONES, *_STRATEGIES)
 """Classes that a configuration may name without their module."""
 
 

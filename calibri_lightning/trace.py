@@ -44,8 +44,10 @@ class Trace:
         """
         self.images.append(float(report.images))
         self.train.append(report.reward_mean)
-        self.pace.append(report.pace)
-        self.pace_name = report.pace_name
+        if not self.pace:
+            self.pace_name = report.pace_name
+        # Step sizes and gradient norms share no axis: where strategies alternate, the pace is that of the first one.
+        self.pace.append(report.pace if report.pace_name == self.pace_name else math.nan)
 
     def add_validation(self, scores: Mapping[str, float]) -> None:
         """Adds what a validation showed.

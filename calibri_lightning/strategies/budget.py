@@ -78,6 +78,10 @@ class SearchBudget:
         """Starts to count seconds on top of `elapsed`."""
         self._since = time.monotonic()
 
+    def stop_clock(self) -> None:
+        """Stops counting; what was counted stays in `elapsed`."""
+        self.elapsed, self._since = self.seconds, None
+
     @property
     def seconds(self) -> float:
         """Seconds of training, over all resumed parts."""

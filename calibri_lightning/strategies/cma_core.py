@@ -219,6 +219,11 @@ class CMACore(SearchCore):
         self._asked = None
         self._means.append(self.mean)
 
+    def _put_mean(self, theta: Floats) -> None:
+        # As pycma 4.5.0 places its first mean; the evolution paths and the covariance are of displacements, not places.
+        self.es.mean = np.array(self.es.gp.geno(theta.copy(), from_bounds=self.es.boundary_handler.inverse))
+        self._asked = None
+
     def diagnostics(self) -> Mapping[str, float]:
         """Numbers worth a curve.
 

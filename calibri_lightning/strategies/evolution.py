@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
-from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Strategy
+from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
 from calibri_lightning.strategies.history import History, Settings, check_same, digest_candidates, numerics
 from calibri_lightning.strategies.ledger import Ledger, digest
@@ -32,6 +32,7 @@ from calibri_lightning.strategies.rounds import (
 )
 from calibri_lightning.strategies.search import SearchCore
 from calibri_lightning.strategies.selection import Selection
+from calibri_lightning.strategies.turns import TurnStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class EvolutionStrategy(Strategy, SearchPlan):
+class EvolutionStrategy(TurnStrategy, SearchPlan):
     """Searches theta by judging candidates, without gradients.
 
     Args:
@@ -53,8 +54,8 @@ class EvolutionStrategy(Strategy, SearchPlan):
         self._reset()
 
     def _reset(self) -> None:
-        self.report: GenerationReport | None = None
-        self.stop_reason: str | None = None
+        self.report = None
+        self.stop_reason = None
         self._core: SearchCore | None = None
         self._ledger: Ledger | None = None
         self._history: History | None = None
@@ -71,6 +72,16 @@ class EvolutionStrategy(Strategy, SearchPlan):
     def best(self) -> BestVector | None:
         """The best validated vector so far."""
         return self._selection.best
+
+    @property
+    def selection(self) -> Selection:
+        """Its validated candidates."""
+        return self._selection
+
+    @property
+    def mean(self) -> Floats | None:
+        """The current mean, float64 [n]; None before the first generation."""
+        return self._status.mean if self._status is not None and self.generation else None
 
     @property
     def generation(self) -> int:
@@ -146,6 +157,30 @@ class EvolutionStrategy(Strategy, SearchPlan):
         self._history = self._complete_history()
         self._generation = self._rewards = None
         self._publish(trainer, pl_module, rewards)
+
+    def take_turn(self, module: CalibratedModule, moved: bool) -> None:
+        """Goes on from theta as it is: the mean jumps there; step size, covariance and generations go on."""
+        assert self._budget is not None, "take_turn before on_train_start"
+        assert self._history is not None
+        self._budget.start_clock()
+        theta = module.theta.detach().cpu().numpy().copy()
+        here = self.mean if self.mean is not None else module.start_theta
+        if np.array_equal(theta, here):
+            return
+
+        def move() -> Status:
+            core = self._core
+            assert core is not None, "rank 0 owns the core"
+            core.move(theta)
+            return Status(core.mean, core.tail_mean(), core.diagnostics())
+
+        self._status = on_rank_zero(module.trainer, move)
+        self._history = self._history.moved(theta)
+
+    def end_turn(self) -> None:
+        """Stops the clock."""
+        assert self._budget is not None, "end_turn before on_train_start"
+        self._budget.stop_clock()
 
     def validation_candidates(self, module: CalibratedModule) -> Mapping[str, Candidate]:
         """Vectors worth a score on the validation set."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cma
@@ -34,6 +34,8 @@ class History:
     """Digest of the candidates of each generation."""
     progress: list[float] = field(default_factory=list)
     """Used share of the budget at each generation."""
+    moves: dict[int, Floats] = field(default_factory=dict)
+    """Where the mean was put before a generation, by its number; float64 [n]."""
 
     def __len__(self) -> int:
         """Number of generations told."""
@@ -60,7 +62,19 @@ class History:
             [*self.rewards, rewards.copy()],
             [*self.candidates, candidates],
             [*self.progress, progress],
+            dict(self.moves),
         )
+
+    def moved(self, theta: Floats) -> History:
+        """Notes that the mean is put elsewhere before the next generation.
+
+        Args:
+            theta: Where to, float64 [n].
+
+        Returns:
+            A history with that move; this one stays as it is.
+        """
+        return replace(self, moves={**self.moves, len(self): theta.copy()})
 
     def replay(self, core: SearchCore) -> list[float]:
         """Brings a fresh core to where the search was.
@@ -76,6 +90,7 @@ class History:
         """
         sigmas = []
         for generation, rewards in enumerate(self.rewards):
+            self._move(core, generation)
             if digest_candidates(core.ask(generation, self.progress[generation])) != self.candidates[generation]:
                 recorded, here = self.settings["numerics"], numerics()
                 raise UserError(
@@ -89,7 +104,12 @@ class History:
                 )
             core.tell(rewards)
             sigmas.append(core.sigma)
+        self._move(core, len(self))
         return sigmas
+
+    def _move(self, core: SearchCore, generation: int) -> None:
+        if generation in self.moves:
+            core.move(self.moves[generation])
 
     def state_dict(self) -> dict[str, Any]:
         """Gives the state as tensors, numbers and texts, which `torch.load(weights_only=True)` accepts.
@@ -97,12 +117,14 @@ class History:
         Returns:
             What `load` takes.
         """
+        moves = {number: torch.from_numpy(theta.copy()) for number, theta in self.moves.items()}
         return {
             "version": FORMAT_VERSION,
             "settings": json.dumps(dict(self.settings)),
             "rewards": torch.from_numpy(np.stack(self.rewards)) if self.rewards else torch.zeros(0),
             "candidates": list(self.candidates),
             "progress": list(self.progress),
+            **({"moves": moves} if moves else {}),
         }
 
     @classmethod
@@ -125,7 +147,8 @@ class History:
                 "Resume with the version that wrote it, or start a new run from its calibration (init_from)."
             )
         rewards = [np.array(matrix) for matrix in state["rewards"].numpy()]
-        return cls(json.loads(state["settings"]), rewards, list(state["candidates"]), list(state["progress"]))
+        moves = {number: theta.numpy().copy() for number, theta in state.get("moves", {}).items()}
+        return cls(json.loads(state["settings"]), rewards, list(state["candidates"]), list(state["progress"]), moves)
 
 
 def check_same(earlier: Settings, now: Settings) -> None:

@@ -118,6 +118,9 @@ class PairCore(SearchCore):
         self._mean = np.clip(self._mean + lr * self.space.stds * direction, self.space.lower, self.space.upper)
         self._means.append(self.mean)
 
+    def _put_mean(self, theta: Floats) -> None:
+        self._mean = theta.copy()
+
     def _gradient(self, rewards: Floats, z: Floats) -> Floats:
         # Where one of a pair failed and the other did not, the candidate is to blame: it counts as the worst
         # reward seen.

@@ -16,14 +16,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from calibri_lightning.adapters.policy import LIVE, Trains
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.advantages import AdvantageOptions
-from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Strategy, Words
+from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Words
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
 from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.ema import Ema, EmaOptions
 from calibri_lightning.strategies.gradient_step import AdamWOptions, GradientStep, ThetaBounds
 from calibri_lightning.strategies.history import check_same
-from calibri_lightning.strategies.rounds import GenerationReport, on_rank_zero
+from calibri_lightning.strategies.rounds import on_rank_zero
 from calibri_lightning.strategies.selection import START, Selection
+from calibri_lightning.strategies.turns import TurnStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -97,7 +98,7 @@ class PolicySettings:
         }
 
 
-class PolicyRun(Strategy):
+class PolicyRun(TurnStrategy):
     """What strategies with gradients share but for their steps.
 
     Args:
@@ -113,8 +114,8 @@ class PolicyRun(Strategy):
         self._reset()
 
     def _reset(self) -> None:
-        self.report: GenerationReport | None = None
-        self.stop_reason: str | None = None
+        self.report = None
+        self.stop_reason = None
         self.steps, self.skipped, self.wasted = 0, 0, 0
         self._selection = Selection()
         self._validating: Mapping[str, Candidate] = {}
@@ -148,6 +149,11 @@ class PolicyRun(Strategy):
         return self._selection.best
 
     @property
+    def selection(self) -> Selection:
+        """Its validated candidates."""
+        return self._selection
+
+    @property
     def images(self) -> int:
         """Images judged so far, the same after any kill and resume."""
         return self.steps * self.settings.images_per_step
@@ -176,6 +182,18 @@ class PolicyRun(Strategy):
         self._budget.start_clock()
         self._stop_if_over(trainer)
         self._check_patience(trainer)
+
+    def take_turn(self, module: CalibratedModule, moved: bool) -> None:
+        """Goes on with the policy as it is; AdamW keeps its moments, the average of what others moved starts over."""
+        assert self._budget is not None, "take_turn before on_train_start"
+        self._budget.start_clock()
+        if moved and self._ema is not None:
+            self._ema.start(module.policy.parameters())
+
+    def end_turn(self) -> None:
+        """Stops the clock."""
+        assert self._budget is not None, "end_turn before on_train_start"
+        self._budget.stop_clock()
 
     def _candidate(self, module: CalibratedModule, name: str) -> Candidate:
         return Candidate(module.policy.theta_of(name), name)

@@ -136,6 +136,7 @@ class SearchCore(ABC):
     def __init__(self, space: SearchSpace, seed: int, popsize: int, num_slots: int) -> None:
         self.space, self.seed, self.popsize, self.num_slots = space, seed, popsize, num_slots
         self._means: list[Floats] = []
+        self._tail_begins = 0  # means before a move are of elsewhere
 
     @property
     @abstractmethod
@@ -184,11 +185,24 @@ class SearchCore(ABC):
         """
 
     def tail_mean(self) -> Floats:
-        """Average of the means of the last quarter of the generations, float64 [n]; at first the mean."""
-        if not self._means:
+        """Average of the means of the last quarter of the generations since a move, float64 [n]; at first the mean."""
+        means = self._means[self._tail_begins :]
+        if not means:
             return self.mean
-        count = max(1, math.ceil(_TAIL * len(self._means)))
-        return np.mean(self._means[-count:], axis=0)
+        count = max(1, math.ceil(_TAIL * len(means)))
+        return np.mean(means[-count:], axis=0)
+
+    def move(self, theta: Floats) -> None:
+        """Puts the mean elsewhere, between two generations; all else that the search has learned stays.
+
+        Args:
+            theta: The new mean, float64 [n], within the bounds.
+        """
+        self._tail_begins = len(self._means)
+        self._put_mean(theta)
+
+    @abstractmethod
+    def _put_mean(self, theta: Floats) -> None: ...
 
     def fitness(self, rewards: Floats) -> Floats:
         """Mean reward of each candidate over its evaluated, usable slots.
