@@ -107,6 +107,20 @@ class CalibriCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
+    def instantiate_classes(self) -> None:
+        """Makes the classes; what one of them refuses is said as it says it.
+
+        Raises:
+            UserError: If a class refuses its arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what is raised inside of an optional class (jsonargparse 4.53).
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+
     def before_instantiate_classes(self) -> None:
         """Checks what can be checked before a model is loaded.
 

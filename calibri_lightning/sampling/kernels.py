@@ -147,10 +147,12 @@ class FlowSDE(_ReverseSDE):
 
     At sigma = 1, where s is infinite, the 1 - sigma below the fraction is that of the second level of the schedule, as
     in the published code.
+
+    Attributes:
+        noise_level: a, above 0.
     """
 
     noise_level: float = 0.7
-    """a, above 0."""
 
     def __post_init__(self) -> None:
         """Refuses a level that gives no probabilities."""
@@ -164,10 +166,13 @@ class FlowSDE(_ReverseSDE):
 
 @dataclass(frozen=True)
 class DanceSDE(_ReverseSDE):
-    """The SDE of DanceGRPO: s is a constant eta (arXiv 2505.07818)."""
+    """The SDE of DanceGRPO: s is a constant eta (arXiv 2505.07818).
+
+    Attributes:
+        noise_level: eta, above 0.
+    """
 
     noise_level: float = 0.3
-    """eta, above 0."""
 
     def __post_init__(self) -> None:
         """Refuses a level that gives no probabilities."""
@@ -184,10 +189,12 @@ class CPS(Kernel):
     x' = (1 - sigma') x0 + sigma' (cos(a pi / 2) x1 + sin(a pi / 2) noise), with x0 = x - sigma v and
     x1 = x + (1 - sigma) v the predicted data and noise. The noise of a step does not shrink with its length, so many
     such steps do not converge to the data's distribution: use it in a window.
+
+    Attributes:
+        noise_level: a, above 0 and at most 1; at 1 all noise is new.
     """
 
     noise_level: float = 0.8
-    """a, above 0 and at most 1; at 1 all noise is new."""
 
     def __post_init__(self) -> None:
         """Refuses a level that gives no probabilities, or more noise than the schedule has."""

@@ -53,10 +53,12 @@ class AllSteps(Window):
     """All steps, by default without the last one, as published (Flow-GRPO, DanceGRPO).
 
     In the last step the noise is either so small that rounding shows in the log-probability, or stays in the picture.
+
+    Attributes:
+        drop_last: Whether the last step follows the ODE.
     """
 
     drop_last: bool = True
-    """Whether the last step follows the ODE."""
 
     def steps(self, seed: int, training_step: int, num_steps: int) -> tuple[int, ...]:
         """Chooses the same steps each time."""
@@ -74,14 +76,17 @@ class AllSteps(Window):
 
 @dataclass(frozen=True)
 class _Range(Window):
-    """A run of `size` steps somewhere in a range of steps."""
+    """A run of `size` steps somewhere in a range of steps.
+
+    Attributes:
+        size: Steps in the window.
+        first: First step that the window may hold.
+        last: End of the range: the window holds steps below it. By default the last step of the sampler is left out.
+    """
 
     size: int
-    """Steps in the window."""
     first: int = 0
-    """First step that the window may hold."""
     last: int | None = None
-    """End of the range: the window holds steps below it. By default the last step of the sampler is left out."""
 
     def check(self, num_steps: int) -> None:
         """Refuses a window that does not fit into its range, or a range outside of the steps."""
@@ -128,10 +133,13 @@ class RandomWindow(_Range):
 
 @dataclass(frozen=True)
 class SlidingWindow(_Range):
-    """A window that moves from noise towards data, by one step at a time, and begins again (MixGRPO, "progressive")."""
+    """A window that moves from noise towards data, by one step at a time, and begins again (MixGRPO, "progressive").
+
+    Attributes:
+        stay: Training steps between two moves.
+    """
 
     stay: int = 25
-    """Training steps between two moves."""
 
     def steps(self, seed: int, training_step: int, num_steps: int) -> tuple[int, ...]:
         """The window of a training step; the seed plays no part."""

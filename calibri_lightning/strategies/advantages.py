@@ -29,21 +29,24 @@ ROUNDING = 2 * float(np.finfo(np.float32).eps)
 
 @dataclass(frozen=True)
 class AdvantageOptions:
-    """How rewards become advantages."""
+    """How rewards become advantages.
+
+    Attributes:
+        combine: `sum`: weighted sum, then each group is normalised. `normalised_sum`: each reward is first brought to
+            mean 0 and std 1 over the batch, so that weights mean the same for every reward. `gdpo`: each reward is
+            normalised in each group, the weighted sum of these is whitened over the batch.
+        std: What a centred group is divided by: its own std, the std of all pictures of the step, or nothing.
+        clip: Advantages are cut to plus and minus this.
+        damping: Added to every std that is divided by, in units of the reward, as in Flow-GRPO's code.
+        min_std: A group whose std is at most this, plus 2.4e-7 of the size of its rewards, counts as flat: its
+            differences are rounding, its advantages 0.
+    """
 
     combine: Combine = "sum"
-    """`sum`: weighted sum, then each group is normalised. `normalised_sum`: each reward is first brought to mean 0 and
-    std 1 over the batch, so that weights mean the same for every reward. `gdpo`: each reward is normalised in each
-    group, the weighted sum of these is whitened over the batch."""
     std: Spread = "group"
-    """What a centred group is divided by: its own std, the std of all pictures of the step, or nothing."""
     clip: float = 5.0
-    """Advantages are cut to plus and minus this."""
     damping: float = 1e-4
-    """Added to every std that is divided by, in units of the reward, as in Flow-GRPO's code."""
     min_std: float = 1e-6
-    """A group whose std is at most this, plus 2.4e-7 of the size of its rewards, counts as flat: its differences are
-    rounding, its advantages 0."""
 
     def __post_init__(self) -> None:
         """Checks the values.

@@ -15,14 +15,17 @@ from calibri_lightning.strategies.checks import check_at_least
 
 @dataclass(frozen=True)
 class EmaOptions:
-    """A moving average of what is trained; the defaults are Flow-GRPO's."""
+    """A moving average of what is trained; the defaults are Flow-GRPO's.
+
+    Attributes:
+        decay: Share of itself that the average keeps, in 0..1 (1 excluded).
+        interval: Optimiser steps from one averaging to the next.
+        warmup: Whether the first averagings keep less: (1 + n) / (10 + n) after n optimiser steps.
+    """
 
     decay: float = 0.9
-    """Share of itself that the average keeps, in 0..1 (1 excluded)."""
     interval: int = 8
-    """Optimiser steps from one averaging to the next."""
     warmup: bool = True
-    """Whether the first averagings keep less: (1 + n) / (10 + n) after n optimiser steps."""
 
     def __post_init__(self) -> None:
         """Checks the values.

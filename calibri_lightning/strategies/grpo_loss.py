@@ -26,20 +26,26 @@ Guard = Literal["off", "ratio", "ratio_and_reweight"]
 
 @dataclass(frozen=True)
 class GRPOOptions:
-    """Form of the loss."""
+    """Form of the loss.
+
+    Attributes:
+        clip_low: The ratio is clipped below 1 minus this: it bounds how far a sample of negative advantage is pushed
+            away.
+        clip_high: The ratio is clipped above 1 plus this: it bounds how far a sample of positive advantage is pulled
+            near.
+        kl: `mean`: mean((mu - mu_ref)^2) / (2 s^2), the Gaussian KL without its factor 1 / (-dt), so that late steps
+            weigh more. `velocity`: mean((v - v_ref)^2), for training without guidance. `none`: no reference is needed.
+        kl_weight: Weight of the KL term.
+        guard: `ratio` centres the logarithm of the ratio and gives it the same spread at every step;
+            `ratio_and_reweight` also divides the clipped term by -dt. For kernels whose log-probability is Gaussian:
+            not for CPS.
+    """
 
     clip_low: float = 1e-4
-    """The ratio is clipped below 1 minus this: it bounds how far a sample of negative advantage is pushed away."""
     clip_high: float = 1e-4
-    """The ratio is clipped above 1 plus this: it bounds how far a sample of positive advantage is pulled near."""
     kl: KL = "none"
-    """`mean`: mean((mu - mu_ref)^2) / (2 s^2), the Gaussian KL without its factor 1 / (-dt), so that late steps weigh
-    more. `velocity`: mean((v - v_ref)^2), for training without guidance. `none`: no reference is needed."""
     kl_weight: float = 0.0
-    """Weight of the KL term."""
     guard: Guard = "off"
-    """`ratio` centres the logarithm of the ratio and gives it the same spread at every step; `ratio_and_reweight` also
-    divides the clipped term by -dt. For kernels whose log-probability is Gaussian: not for CPS."""
 
     def __post_init__(self) -> None:
         """Checks the values.

@@ -83,6 +83,35 @@ def test_flags(runs: TinyRuns, capsys: Capture, flag: str, words: list[str]) -> 
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["kernel=Foo"], ["strategy.kernel does not take Foo", "built in are FlowSDE, DanceSDE, CPS;"]),
+        (["window=Foo"], ["strategy.window does not take Foo", "AllSteps, RandomWindow, SlidingWindow;"]),
+        (["kernel=CPS", "kernel.noise_level=2"], ["noise_level of CPS is 2", "at most 1"]),
+        (["kernel=FlowSDE", "kernel.noise_level=0"], ["noise_level of FlowSDE is 0", "above 0"]),
+        (["kernel.noise_level=0.5"], ["kernel.noise_level is given, but not what", "FlowSDE, DanceSDE, CPS"]),
+        (["window=RandomWindow", "window.sise=2"], ["strategy.window has no option 'sise'"]),
+        (["window=RandomWindow", "window.size=two"], ["strategy.window.size does not take 'two'"]),
+        (["ema=false"], ["strategy.ema does not take false", "EmaOptions, or null"]),
+        (["ema.decay=2"], ["decay is 2.0", "below 1"]),
+        (["max_images=many"], ["strategy.max_images does not take many", "int, or null"]),
+        (["loss.kl=menn"], ["loss.kl", "'mean', 'velocity', 'none'", "menn"]),
+        (["train=lroa"], ["train", "'lora'", "lroa"]),
+    ],
+)
+def test_settings_of_flow_grpo(runs: TinyRuns, capsys: Capture, flags: list[str], words: list[str]) -> None:
+    named = [f"--model.strategy.{flag}" for flag in flags]
+    message = refused(runs, capsys, "--model.strategy=FlowGRPO", *named)
+    for word in words:
+        assert word in message
+
+
+def test_settings_of_a_lora(runs: TinyRuns, capsys: Capture) -> None:
+    assert "model.lora has no option 'target'" in refused(runs, capsys, "--model.lora.target=[attn.to_q]")
+    assert "lora.rank is 0" in refused(runs, capsys, "--model.lora.rank=0")
+
+
 @pytest.mark.parametrize("popsize", [1, 3])
 def test_popsize(runs: TinyRuns, capsys: Capture, popsize: int) -> None:
     message = refused(runs, capsys, *CMA, f"--model.strategy.popsize={popsize}")
