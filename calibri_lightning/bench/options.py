@@ -12,9 +12,14 @@ import torch
 
 from calibri_lightning.bench.models import MODELS, RANDOM_MODELS, members_of
 from calibri_lightning.bench.precision import PRECISIONS, Precision, Setting
+from calibri_lightning.bench.recipes import WINDOW
 from calibri_lightning.errors import UserError
 
 _RESOLUTION = 512
+_STEPS, _TRAINING_STEPS = 8, 10
+"""Sampling steps of the loops, and of training, where Flow-GRPO takes 10."""
+_GROUPS, _GROUP_SIZE = 2, 12
+_LEAST_TRAINING_STEPS = WINDOW + 1
 _MULTIPLE = 16
 """What all random models make: sides of this many pixels, and multiples."""
 
@@ -36,6 +41,9 @@ class Options:
     forward_repeats: int
     order: bool
     popsizes: tuple[int, ...]
+    train: bool
+    num_groups: int
+    group_size: int
     device: torch.device
     threads: int | None
     out: Path | None
@@ -80,9 +88,15 @@ def parse(arguments: Sequence[str]) -> Options:
         UserError: If an option is unknown or out of its range.
     """
     given = _parser().parse_args(
-        list(arguments), argparse.Namespace(layers=None, resolution=None, threads=None, out=None)
+        list(arguments),
+        argparse.Namespace(
+            layers=None, resolution=None, threads=None, out=None, steps=None, groups=None, group_size=None
+        ),
     )
-    for name in ("popsize", "bucket", "steps", "rows", "repeats", "forward_repeats", "threads", "layers"):
+    for name in (
+        *("popsize", "bucket", "steps", "rows", "repeats", "forward_repeats", "threads", "layers"),
+        *("groups", "group_size"),
+    ):
         _check_positive(name, getattr(given, name))
     for popsize in given.popsizes:
         _check_positive("popsizes", popsize)
@@ -100,6 +114,7 @@ def parse(arguments: Sequence[str]) -> Options:
             "--order compares other ways of computing with eager float32, and there is none. Add --compile or another "
             "--precision, or leave --order out."
         )
+    _check_training(given)
     if given.out is not None and not given.out.parent.is_dir():
         raise UserError(f"--out is {given.out}; the folder {given.out.parent} does not exist. Make it first.")
     return Options(
@@ -110,12 +125,15 @@ def parse(arguments: Sequence[str]) -> Options:
         compile=given.compile,
         popsize=given.popsize,
         bucket=given.bucket,
-        num_steps=given.steps,
+        num_steps=given.steps or (_TRAINING_STEPS if given.train else _STEPS),
         rows=given.rows,
         repeats=given.repeats,
         forward_repeats=given.forward_repeats,
         order=given.order,
         popsizes=tuple(sorted(set(given.popsizes))),
+        train=given.train,
+        num_groups=given.groups or _GROUPS,
+        group_size=given.group_size or _GROUP_SIZE,
         device=_device(given.device),
         threads=given.threads,
         out=given.out,
@@ -143,12 +161,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="measure each precision with compiled blocks, too")
     add("--popsize", type=int, default=16, help="candidates")
     add("--bucket", type=int, default=16, help="prompts")
-    add("--steps", type=int, default=8, help="sampling steps")
+    add("--steps", type=int, default=unset, help=f"sampling steps (default: {_STEPS}, {_TRAINING_STEPS} with --train)")
     add("--rows", type=int, default=128, help="most rows of one forward")
     add("--repeats", type=int, default=3, help="interleaved repetitions of the loops")
     add("--forward-repeats", type=int, default=20, help="interleaved repetitions of single forwards")
     add("--order", action="store_true", help="check that 64 candidates keep their float32 order")
     add("--popsizes", type=int, nargs="+", default=[], metavar="N", help="time and memory also for these popsizes")
+    add("--train", action="store_true", help="measure training steps of Flow-GRPO instead of the evaluation loops")
+    add("--groups", type=int, default=unset, help=f"with --train, prompts of a step (default: {_GROUPS})")
+    add("--group-size", type=int, default=unset, help=f"with --train, pictures of a prompt (default: {_GROUP_SIZE})")
     add("--threads", type=int, default=unset, help="CPU threads (default: torch's own)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--out", type=Path, default=unset, help="write the report as JSON; --popsizes are plotted beside it")
@@ -158,6 +179,26 @@ def _parser() -> argparse.ArgumentParser:
 def _check_positive(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
+def _check_training(given: argparse.Namespace) -> None:
+    if not given.train:
+        alone = next((name for name in ("groups", "group_size") if getattr(given, name) is not None), None)
+        if alone is not None:
+            raise UserError(f"--{alone.replace('_', '-')} is for --train. Add that, or leave it out.")
+        return
+    for name, asked in (("order", given.order), ("popsizes", given.popsizes), ("compile", given.compile)):
+        if asked:
+            raise UserError(f"--{name} is for the evaluation loops, which --train leaves out. Run them apart.")
+    if len(set(given.precision)) > 1:
+        raise UserError(f"--train takes one precision, but --precision is {' '.join(given.precision)}. Name one.")
+    if given.group_size == 1:
+        raise UserError("--group-size is 1; it must be at least 2: advantages compare the pictures of one prompt.")
+    if given.steps is not None and given.steps < _LEAST_TRAINING_STEPS:
+        raise UserError(
+            f"--steps is {given.steps}; --train takes at least {_LEAST_TRAINING_STEPS}: a window of {WINDOW} and the "
+            "last one, which has no noise."
+        )
 
 
 def _check_model(model: str, layers: int | None, resolution: int | None) -> None:

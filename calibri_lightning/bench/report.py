@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,10 +57,7 @@ class Report:
         Raises:
             UserError: If it cannot be written.
         """
-        try:
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"The benchmark's result cannot be written to {path} ({error.strerror}).") from error
+        write_json(path, asdict(self))
 
     def render(self) -> str:
         """Lays the report out for a terminal.
@@ -79,7 +77,7 @@ class Report:
         head = f"{'loop':<30}{'images/s':>9}{'forwards/s':>11}{'speed-up':>22}{'of peak':>9}{'peak memory':>20}"
         rows = [
             f"{loop.name:<30}{loop.images_per_second:>9.3g}{loop.forwards_per_second:>11.4g}"
-            f"{_spread(loop.speedup):>22}{loop.peak_share:>9.0%}{_memory(loop.memory):>20}"
+            f"{format_spread(loop.speedup):>22}{loop.peak_share:>9.0%}{format_memory(loop.memory):>20}"
             for loop in self.loops
         ]
         return [head, "-" * len(head), *rows]
@@ -104,12 +102,36 @@ class Report:
     def _growth_lines(self) -> list[str]:
         return [
             f"popsize {point.popsize:>4}: {point.timing.median:8.2f} s, {point.timing.median / point.popsize:.3f} s a "
-            f"candidate, peak memory {_memory(point.memory)}"
+            f"candidate, peak memory {format_memory(point.memory)}"
             for point in self.growth
         ]
 
 
-def _spread(value: Spread) -> str:
+def write_json(path: Path, fields: Mapping[str, object]) -> None:
+    """Writes a report.
+
+    Args:
+        path: The file.
+        fields: The report's fields by name.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The benchmark's result cannot be written to {path} ({error.strerror}).") from error
+
+
+def format_spread(value: Spread) -> str:
+    """Writes a ratio.
+
+    Args:
+        value: The ratio.
+
+    Returns:
+        Median and quartiles.
+    """
     return f"{value.median:.2f}x ({value.low:.2f}-{value.high:.2f})"
 
 
@@ -117,7 +139,15 @@ def _percent(value: Spread) -> str:
     return f"{value.median:+.1%} ({value.low:+.1%} to {value.high:+.1%})"
 
 
-def _memory(memory: Memory | None) -> str:
+def format_memory(memory: Memory | None) -> str:
+    """Writes a peak of memory, and in brackets what the run itself needed.
+
+    Args:
+        memory: What was measured, if it can be.
+
+    Returns:
+        GiB.
+    """
     if memory is None:
         return "unknown"
     return f"{memory.peak_bytes / 2**30:.2f} GiB (+{memory.working_bytes / 2**30:.2f})"

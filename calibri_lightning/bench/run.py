@@ -21,6 +21,8 @@ from calibri_lightning.bench.parts import measure_parts
 from calibri_lightning.bench.plot import plot_growth
 from calibri_lightning.bench.report import Report
 from calibri_lightning.bench.roofline import Roof, flops_per_row, measure_peaks
+from calibri_lightning.bench.training import measure_training
+from calibri_lightning.bench.training_report import TrainingReport
 from calibri_lightning.bench.workbench import Workbench
 from calibri_lightning.errors import UserError
 from calibri_lightning.quiet import hide_progress_bars
@@ -40,23 +42,30 @@ def run(arguments: Sequence[str]) -> int:
         hide_progress_bars()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        report = measure(options, shlex.join(["calibri_lightning", "bench", *arguments]))
+        command = shlex.join(["calibri_lightning", "bench", *arguments])
+        report = measure_steps(options, command) if options.train else measure(options, command)
         if options.out is not None:
             report.write(options.out)
-            if report.growth:
+            if isinstance(report, Report) and report.growth:
                 subtitle = f"{report.model}\n{report.machine}"
                 plot_growth(options.out.with_suffix(".png"), report.growth, "A generation over its size", subtitle)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = error.__cause__ if isinstance(error.__cause__, torch.OutOfMemoryError) else None
+        # A strategy's own message names settings of a run, which are no options of this command.
+        print(f"error: {error if full is None else _memory_is_full(full)}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except torch.OutOfMemoryError as error:
-        hint = "Lower --rows, --resolution or --layers"
-        print(f"error: the device's memory is full ({str(error).splitlines()[0]}). {hint}.", file=sys.stderr)
+        print(f"error: {_memory_is_full(error)}", file=sys.stderr)
         return 2
     print(report.render())
     return 0
+
+
+def _memory_is_full(error: torch.OutOfMemoryError) -> str:
+    reason = str(error).splitlines()[0]
+    return f"the device's memory is full ({reason}). Lower --rows, --resolution or --layers."
 
 
 def measure(options: Options, command: str) -> Report:
@@ -82,7 +91,7 @@ def measure(options: Options, command: str) -> Report:
     roof = Roof(flops_per_row(plain), peaks)
     straightforward, batched = runs[0].timing.median, runs[1].timing.median
     return Report(
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        date=_now(),
         command=command,
         machine=_describe_machine(device),
         model=_describe_model(bench),
@@ -97,6 +106,31 @@ def measure(options: Options, command: str) -> Report:
         order=check_order(bench, options.settings) if options.order else (),
         growth=measure_growth(bench, first, options.popsizes, options.repeats) if options.popsizes else (),
     )
+
+
+def measure_steps(options: Options, command: str) -> TrainingReport:
+    """Measures training.
+
+    Args:
+        options: What to measure.
+        command: For the report.
+
+    Returns:
+        The report.
+    """
+    bench = Workbench(options)
+    steps, passes = measure_training(bench)
+    job = (
+        f"{options.num_groups} prompts x {options.group_size} pictures, {options.num_steps} steps, "
+        f"{options.settings[0].name}, {options.rows} rows a forward at most, {options.repeats} repetitions"
+    )
+    return TrainingReport(
+        _now(), command, _describe_machine(options.device), _describe_model(bench), job, steps, passes
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _describe_machine(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from calibri_lightning.evaluation.figure import (
     INK,
     ORANGE,
     PAPER,
+    apart,
     heading,
     quiet,
     save,
@@ -119,7 +120,7 @@ def _draw_reward(axes: Axes, run: Convergence, images: NDArray[np.float64], trai
     axes.margins(y=0.12)
     axes.autoscale_view()
     low, high = axes.get_ylim()
-    for y, name, colour in _apart(ends, 0.085 * (high - low)):
+    for y, name, colour in apart(ends, 0.085 * (high - low)):
         axes.text(1.015, (y - low) / (high - low), name, transform=axes.transAxes, size=8, color=colour, va="center")
 
 
@@ -130,15 +131,3 @@ def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     at = np.arange(len(values))
     start, stop = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
     return (sums[stop] - sums[start]) / (stop - start)
-
-
-def _apart(labels: list[tuple[float, str, str]], gap: float) -> list[tuple[float, str, str]]:
-    """Move labels up so that none covers another; a label of two lines takes the room of two."""
-    placed: list[tuple[float, str, str]] = []
-    floor = -np.inf
-    for y, name, colour in sorted(labels):
-        half = gap * (1 + name.count("\n")) / 2
-        centre = max(y, floor + half)
-        placed.append((centre, name, colour))
-        floor = centre + half
-    return placed

@@ -6,6 +6,8 @@ Blue and orange are told apart with any colour blindness (Okabe and Ito 2008).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,26 @@ def quiet(axes: Axes) -> None:
     axes.tick_params(length=0, colors=INK, pad=4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color="#c9ced3", linewidth=0.8)
+
+
+def apart(labels: Sequence[tuple[float, str, str]], gap: float) -> list[tuple[float, str, str]]:
+    """Move labels up so that none covers another; a label of two lines takes the room of two.
+
+    Args:
+        labels: Height, text and colour of each.
+        gap: Height of a line.
+
+    Returns:
+        The labels from the lowest to the highest, at their new heights.
+    """
+    placed: list[tuple[float, str, str]] = []
+    floor = -math.inf
+    for y, name, colour in sorted(labels):
+        half = gap * (1 + name.count("\n")) / 2
+        centre = max(y, floor + half)
+        placed.append((centre, name, colour))
+        floor = centre + half
+    return placed
 
 
 def save(figure: Figure, path: str | Path) -> None:

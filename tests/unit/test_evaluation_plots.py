@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from calibri_lightning.evaluation import Convergence, plot_convergence, plot_scales
-from calibri_lightning.evaluation.convergence import _apart, _running_mean
+from calibri_lightning.evaluation.convergence import _running_mean
+from calibri_lightning.evaluation.figure import apart
 from calibri_lightning.evaluation.scale_grid import bands, scale_grids
 
 
@@ -166,7 +167,7 @@ def test_running_mean_keeps_constants_and_averages_noise():
 
 
 def test_labels_do_not_cover_each_other():
-    placed = _apart([(0.5, "b", ""), (0.5, "a\na", ""), (0.51, "c", ""), (2.0, "d", "")], 0.1)
+    placed = apart([(0.5, "b", ""), (0.5, "a\na", ""), (0.51, "c", ""), (2.0, "d", "")], 0.1)
     centres = {name: y for y, name, _ in placed}
     assert centres["d"] == 2.0
     ordered = sorted(placed)
