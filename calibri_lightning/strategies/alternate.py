@@ -67,7 +67,9 @@ class Alternate(Strategy):
     words: ClassVar[Words] = Words("Training", "trained", "step")
     owns_theta: ClassVar[bool] = True
 
-    def __init__(self, phases: list[Phase], cycles: int | None = None) -> None:
+    def __init__(self, phases: list[Phase] | None = None, cycles: int | None = None) -> None:
+        # The default is there to be refused: the message then says how a phase is written.
+        phases = phases or []
         check_phases(phases)
         check_at_least("cycles", cycles, 1, "it is a number of turns of each phase")
         self.phases = tuple(phases)
