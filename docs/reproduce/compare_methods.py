@@ -19,8 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from method_runs import Run, over_seeds, read_run
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.bootstrap import Interval
@@ -38,18 +37,12 @@ from calibri_lightning.evaluation.figure import (
     quiet,
     save,
 )
-from calibri_lightning.evaluation.files import from_json
 from calibri_lightning.evaluation.summary import Summary
 from calibri_lightning.evaluation.text import format_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Floats = NDArray[np.float64]
-Row = Mapping[str, str]
-
-CURRENT, AVERAGES = ("mean", "policy"), ("tail", "ema")
-"""What strategies call where they are, and the moving average of that."""
 COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart with any colour blindness (Okabe and Ito 2008)."""
 CURRENT_STYLE: Mapping[str, Any] = {
@@ -66,40 +59,6 @@ SAME = 1e-4
 """Validation scores that differ by less are of one model: the last bits follow from how rows were batched."""
 LABEL_CHARACTERS = 22
 """What fits beside the right panel."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Validation scores of one kind over what training had cost by then."""
-
-    images: Floats
-    """Training pictures."""
-    forwards: Floats
-    """Forwards of one row in training; a backward counts as one more."""
-    scores: Floats
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run left behind."""
-
-    label: str
-    folder: Path
-    current: Curve
-    """Where the run was: the search's mean, or the policy; from its start on."""
-    average: Curve
-    """The moving average of that."""
-    images: float
-    """Training pictures of the whole run."""
-    forwards: float
-    """Training forwards of the whole run."""
-    summary: Summary | None
-    """Its test; None if it was not tested."""
-
-    @property
-    def start(self) -> float:
-        """Validation score of what the run started from."""
-        return float(self.current.scores[0])
 
 
 @dataclass(frozen=True)
@@ -128,83 +87,6 @@ class TestRow:
     device_seconds: float
 
 
-def read_run(label: str, folder: Path) -> Run:
-    """Reads metrics.csv and summary.json of a run.
-
-    Args:
-        label: What to call it.
-        folder: Its folder, which holds both.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: If there are no metrics, or no validation of the start.
-    """
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        raise UserError(f"{label}: {path} does not exist. Give the folder of a run, such as runs/name/version_0.")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    trained = [row for row in rows if row.get("train/images")]
-    starts = [float(row["val/start"]) for row in rows if row.get("val/start")]
-    if not trained or not starts:
-        raise UserError(f"{label}: {path} has no training step or no val/start. The run needs data.val, and to go on.")
-    images, forwards = training_costs(label, trained)
-    done = np.cumsum([bool(row.get("train/images")) for row in rows])
-    costs = [np.concatenate([[0.0], column]) for column in (images, forwards)]
-
-    def curve(names: Sequence[str], first: Sequence[float]) -> Curve:
-        # A validation belongs to the training step that was logged last before it.
-        found = [(done[i], float(row[f"val/{n}"])) for i, row in enumerate(rows) for n in names if row.get(f"val/{n}")]
-        steps = [0] * len(first) + [int(step) for step, _ in found]
-        scores = np.array([*first, *(score for _, score in found)])
-        return Curve(costs[0][steps], costs[1][steps], scores)
-
-    summary = folder / "summary.json"
-    return Run(
-        label,
-        folder,
-        curve(CURRENT, starts[:1]),
-        curve(AVERAGES, ()),
-        float(images[-1]),
-        float(forwards[-1]),
-        from_json(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
-    )
-
-
-def training_costs(label: str, rows: Sequence[Row]) -> tuple[Floats, Floats]:
-    """Takes validation out of a run's budget.
-
-    `train/images` counts training pictures alone. `budget/*` counts those of validations, too, in the first step that
-    is logged after them: there the forwards are taken to be as many a training picture as in the nearest other step.
-
-    Args:
-        label: Name of the run.
-        rows: The metrics of each training step.
-
-    Returns:
-        Training pictures and training forwards up to the end of each step.
-
-    Raises:
-        UserError: If every step follows a validation.
-    """
-    trained, spent, forwards = (
-        np.diff([float(row[name]) for row in rows], prepend=0.0)
-        for name in ("train/images", "budget/images", "budget/forwards")
-    )
-    # Numbers are logged in float32.
-    clean = np.flatnonzero((trained > 0) & (np.abs(spent - trained) <= 1e-6 * np.cumsum(spent) + 0.5))
-    if not len(clean):
-        raise UserError(
-            f"{label}: every step follows a validation, so that what training alone cost in forwards is unknown. "
-            "Validate less often (trainer.val_check_interval)."
-        )
-    per_image = forwards[clean] / trained[clean]
-    nearest = np.abs(np.arange(len(rows))[:, None] - clean).argmin(axis=1)
-    return np.cumsum(trained), np.cumsum(trained * per_image[nearest])
-
-
 def tests(runs: Sequence[Run]) -> list[TestRow]:
     """Lists the test results of all runs that were tested.
 
@@ -228,12 +110,26 @@ def _tests(run: Run, summary: Summary) -> list[TestRow]:
             gain = next((c.difference for c in compared if c.calibrated == condition.name), none)
             rows.append(
                 TestRow(
-                    *(run.label, str(run.folder), condition.name, condition.num_forwards_per_image, reward),
-                    *(mean.mean, mean.low, mean.high, gain.mean, gain.low, gain.high),
-                    *(vendi.mean, vendi.low, vendi.high),
-                    diversity.pixel_distance.mean if diversity is not None else math.nan,
-                    *(run.images, run.forwards),
-                    *(summary.budget.images, summary.budget.forwards, summary.budget.device_seconds),
+                    run=run.label,
+                    folder=str(run.folder),
+                    condition=condition.name,
+                    nfe=condition.num_forwards_per_image,
+                    reward=reward,
+                    mean=mean.mean,
+                    low=mean.low,
+                    high=mean.high,
+                    gain=gain.mean,
+                    gain_low=gain.low,
+                    gain_high=gain.high,
+                    vendi=vendi.mean,
+                    vendi_low=vendi.low,
+                    vendi_high=vendi.high,
+                    pixel_distance=diversity.pixel_distance.mean if diversity is not None else math.nan,
+                    train_images=run.images,
+                    train_forwards=run.forwards,
+                    budget_images=summary.budget.images,
+                    budget_forwards=summary.budget.forwards,
+                    device_seconds=summary.budget.device_seconds,
                 )
             )
     return rows
@@ -325,22 +221,6 @@ def draw(path: Path, runs: Sequence[Run], base: float, title: str) -> None:
     save(figure, path)
 
 
-def over_seeds(curves: Sequence[Curve]) -> list[Curve]:
-    """Averages runs that were validated at the same cost; others stay apart.
-
-    Args:
-        curves: One or more.
-
-    Returns:
-        Their mean, or all of them.
-    """
-    first = curves[0]
-    if any(not np.array_equal(first.images, curve.images) for curve in curves):
-        return list(curves)
-    forwards, scores = (np.mean([getattr(curve, name) for curve in curves], axis=0) for name in ("forwards", "scores"))
-    return [Curve(first.images, forwards, scores)]
-
-
 def _frame(axes: Axes, longest: float) -> None:
     quiet(axes)
     axes.tick_params(labelsize=7.5)
@@ -415,6 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("compare_methods"), help="files to write, without ending")
     options = parser.parse_args(arguments)
     try:
+        if not options.out.parent.is_dir():
+            raise UserError(f"--out is {options.out}; the folder {options.out.parent} does not exist. Make it first.")
         runs = parse_runs(options.runs)
         bases = [run.start for run in runs if run.label == (options.base or runs[0].label)]
         if not bases:
@@ -422,9 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    draw(options.out.with_suffix(".png"), runs, sum(bases) / len(bases), options.title)
+    draw(Path(f"{options.out}.png"), runs, sum(bases) / len(bases), options.title)
     rows = tests(runs)
-    write_csv(options.out.with_suffix(".csv"), rows)
+    write_csv(Path(f"{options.out}.csv"), rows)
     print(render(rows))
     for run in (run for run in runs if run.summary is None):
         print(f"{run.label}: not tested, for {run.folder} has no summary.json")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,18 +18,23 @@ from calibri_lightning.evaluation.diversity import Diversity
 from calibri_lightning.evaluation.files import write_summary
 from calibri_lightning.evaluation.summary import Budget, Condition, Summary, summarise
 
-SCRIPT = Path(__file__).parents[2] / "docs/reproduce/compare_methods.py"
+SCRIPTS = Path(__file__).parents[2] / "docs/reproduce"
+
+
+def script(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
 def compare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_methods", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return script("compare_methods")
+
+
+@pytest.fixture(scope="module")
+def method_runs() -> ModuleType:
+    return script("method_runs")
 
 
 def log(folder: Path, rows: Sequence[Mapping[str, float]]) -> Path:
@@ -76,9 +80,9 @@ def add_test(folder: Path) -> Summary:
 
 @pytest.mark.parametrize(("name", "average", "per_image"), [("mean", "tail", 8), ("policy", "ema", 16)])
 def test_scores_stand_over_what_training_alone_had_cost(
-    compare: ModuleType, tmp_path: Path, name: str, average: str, per_image: int
+    method_runs: ModuleType, tmp_path: Path, name: str, average: str, per_image: int
 ) -> None:
-    run = compare.read_run("a", run_of(tmp_path / "run", name, average, per_image))
+    run = method_runs.read_run("a", run_of(tmp_path / "run", name, average, per_image))
     assert run.current.images.tolist() == [0, 20, 40, 60]
     assert run.current.forwards.tolist() == [0, 20 * per_image, 40 * per_image, 60 * per_image]
     np.testing.assert_allclose(run.current.scores, [0.25, 0.31, 0.33, 0.35])
@@ -87,27 +91,27 @@ def test_scores_stand_over_what_training_alone_had_cost(
     assert (run.images, run.forwards, run.start, run.summary) == (60, 60 * per_image, 0.25, None)
 
 
-def test_a_step_after_a_validation_costs_as_much_a_picture_as_the_nearest_other_step(compare: ModuleType) -> None:
+def test_a_step_after_a_validation_costs_as_much_a_picture_as_the_nearest_other_step(method_runs: ModuleType) -> None:
     # Pictures become dearer at the fourth step; the third and the sixth one's budgets hold a validation, too.
     trained = np.array([10, 20, 10, 10, 10, 10])
     spent, forwards = trained + [0, 0, 8, 0, 0, 8], [80, 160, 144, 160, 160, 224]
     columns = zip(np.cumsum(trained), np.cumsum(spent), np.cumsum(forwards), strict=True)
     rows = [{"train/images": f"{a}", "budget/images": f"{b}", "budget/forwards": f"{c}"} for a, b, c in columns]
-    images, found = compare.training_costs("a", rows)
+    images, found = method_runs.training_costs("a", rows)
     assert images.tolist() == np.cumsum(trained).tolist()
     assert np.diff(found, prepend=0).tolist() == [80, 160, 80, 160, 160, 160]
 
 
-def test_a_run_that_validates_before_every_step_has_no_cost_of_its_own(compare: ModuleType) -> None:
+def test_a_run_that_validates_before_every_step_has_no_cost_of_its_own(method_runs: ModuleType) -> None:
     rows = [{"train/images": f"{n}", "budget/images": f"{2 * n}", "budget/forwards": f"{9 * n}"} for n in (1, 2, 3)]
     with pytest.raises(UserError, match="val_check_interval"):
-        compare.training_costs("a", rows)
+        method_runs.training_costs("a", rows)
 
 
-def test_the_table_says_what_the_tests_say(compare: ModuleType, tmp_path: Path) -> None:
+def test_the_table_says_what_the_tests_say(compare: ModuleType, method_runs: ModuleType, tmp_path: Path) -> None:
     folder = run_of(tmp_path / "run", "policy", "ema", 16)
     summary = add_test(folder)
-    rows = compare.tests([compare.read_run("Flow-GRPO", folder)])
+    rows = compare.tests([method_runs.read_run("Flow-GRPO", folder)])
     assert [(row.condition, row.reward) for row in rows] == [
         (condition.name, reward) for condition in summary.conditions for reward in ("shapes", "shapes_strict")
     ]
@@ -148,14 +152,14 @@ def test_the_command_draws_runs_writes_the_table_and_says_what_differs(
     assert len(out.with_suffix(".csv").read_text().splitlines()) == 1 + 4
 
 
-def test_seeds_are_averaged_where_they_were_validated_at_the_same_cost(compare: ModuleType) -> None:
+def test_seeds_are_averaged_where_they_were_validated_at_the_same_cost(method_runs: ModuleType) -> None:
     x, longer = np.array([0.0, 10.0]), np.array([0.0, 10.0, 20.0])
-    one, other = compare.Curve(x, 8 * x, np.array([0.2, 0.4])), compare.Curve(x, 10 * x, np.array([0.4, 0.5]))
-    (mean,) = compare.over_seeds([one, other])
+    one, other = method_runs.Curve(x, 8 * x, np.array([0.2, 0.4])), method_runs.Curve(x, 10 * x, np.array([0.4, 0.5]))
+    (mean,) = method_runs.over_seeds([one, other])
     np.testing.assert_allclose(mean.scores, [0.3, 0.45])
     np.testing.assert_allclose(mean.forwards, [0, 90])
-    apart = compare.Curve(longer, longer, longer)
-    assert compare.over_seeds([one, apart]) == [one, apart]
+    apart = method_runs.Curve(longer, longer, longer)
+    assert method_runs.over_seeds([one, apart]) == [one, apart]
 
 
 def test_counts_on_axes_are_short(compare: ModuleType) -> None:
@@ -169,6 +173,7 @@ def test_counts_on_axes_are_short(compare: ModuleType) -> None:
         (["a=no/such/run"], ["metrics.csv", "does not exist"]),
         (["a={run}", "--base", "b"], ["--base is 'b'", "'a'"]),
         ([f"{name}={{run}}" for name in "abcdefg"], ["7 labels", "6 colours"]),
+        (["a={run}", "--out", "no/such/folder/x"], ["no/such/folder", "does not exist"]),
         (["a={empty}"], ["val/start", "data.val"]),
     ],
 )
