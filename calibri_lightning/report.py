@@ -60,12 +60,25 @@ class RunReport:
         steps, count = module.num_steps, len(layout.members)
         print(
             f"{words.doing} {module.backbone.name} with {type(module.strategy).__name__}: "
-            f"{layout.num_parameters} parameters ({layout.granularity} scales of {len(layout.sites)} sites x {count} "
-            f"member(s), weights {layout.weight_mode}), {steps} steps = {steps * count} forwards an image, "
+            f"{self._trained()}, {steps} steps = {steps * count} forwards an image, "
             f"{module.strategy.prompts_per_step} prompts a {words.step}, {module.engine.rows_per_forward} rows a "
             f"forward. Run folder: {self.folder}",
             flush=True,
         )
+
+    def _trained(self) -> str:
+        """What is improved, and how many numbers it has."""
+        module, layout, policy = self.module, self.module.layout, self.module.policy
+        parts = []
+        if policy.trains in ("scales", "both"):
+            parts.append(
+                f"{layout.num_parameters} parameters ({layout.granularity} scales of {len(layout.sites)} sites x "
+                f"{len(layout.members)} member(s), weights {layout.weight_mode})"
+            )
+        if policy.network_names:
+            count = sum(policy.parameters()[name].numel() for name in policy.network_names)
+            parts.append(f"{count:,} weights of {'the transformer' if policy.trains == 'full' else 'a LoRA'}")
+        return " and ".join(parts)
 
     def write_answer(self) -> None:
         """Writes calibration.json, and beside it the adapter."""

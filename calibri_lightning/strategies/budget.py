@@ -44,12 +44,16 @@ class SearchBudget:
         max_steps: `trainer.max_steps`; -1 for none.
         num_cells: Images of a generation.
         has_other_rule: Whether something else may end the search.
+        step: What a training step is called.
 
     Raises:
         UserError: If nothing ends the search or not one generation fits.
     """
 
-    def __init__(self, rules: StopRules, max_steps: int, num_cells: int, has_other_rule: bool = False) -> None:
+    def __init__(
+        self, rules: StopRules, max_steps: int, num_cells: int, has_other_rule: bool = False, step: str = "generation"
+    ) -> None:
+        self.step = step
         self.rules, self.num_cells = rules, num_cells
         self.elapsed = 0.0
         self._since: float | None = None
@@ -57,15 +61,15 @@ class SearchBudget:
         if rules.max_images is not None:
             if rules.max_images < num_cells:
                 raise UserError(
-                    f"max_images is {rules.max_images}, but one generation takes {num_cells} images; at "
+                    f"max_images is {rules.max_images}, but one {step} takes {num_cells} images; at "
                     f"least one must fit. "
-                    "Raise max_images or make a generation smaller."
+                    f"Raise max_images or make a {step} smaller."
                 )
             limits.append(rules.max_images // num_cells)
         if not (limits or rules.any or has_other_rule):
             raise UserError(
-                "The search has no end: trainer.max_steps is -1 and no stop rule is set. "
-                "Set trainer.max_steps (generations), max_images, max_seconds or patience."
+                "The run has no end: trainer.max_steps is -1 and no stop rule is set. "
+                f"Set trainer.max_steps ({step}s), max_images, max_seconds or patience."
             )
         self.total_generations = min(limits) if limits else None
 
@@ -111,7 +115,7 @@ class SearchBudget:
         """
         rules = self.rules
         if rules.max_images is not None and images + self.num_cells > rules.max_images:
-            return f"another generation would exceed max_images = {rules.max_images}"
+            return f"another {self.step} would exceed max_images = {rules.max_images}"
         if rules.max_seconds is not None and self.seconds >= rules.max_seconds:
             return f"max_seconds = {rules.max_seconds:g} are over"
         return None

@@ -287,7 +287,9 @@ class PolicyRun(TurnStrategy):
         parameters, layout = module.policy.parameters(), module.layout
         bounds = ThetaBounds(*(torch.from_numpy(part.copy()) for part in (layout.lower, layout.upper, layout.stds)))
         self._gradients = GradientStep(self.settings.optimizer, parameters, bounds)
-        self._budget = SearchBudget(self.settings.stop, module.trainer.max_steps, self.settings.images_per_step)
+        self._budget = SearchBudget(
+            self.settings.stop, module.trainer.max_steps, self.settings.images_per_step, step=self.words.step
+        )
         if self.settings.ema is not None:
             self._ema = self.settings.ema.build()
             self._ema.start(parameters)
