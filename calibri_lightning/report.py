@@ -68,7 +68,7 @@ class RunReport:
 
     def _trained(self) -> str:
         """What is improved, and how many numbers it has."""
-        module, layout, policy = self.module, self.module.layout, self.module.policy
+        layout, policy = self.module.layout, self.module.policy
         parts = []
         if policy.trains in ("scales", "both"):
             parts.append(
