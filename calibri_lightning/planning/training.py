@@ -181,7 +181,8 @@ def _backward_peak(backbone: Native, layout: Layout, policy: Policy, needs: Trai
             spread = Rows(rows.scales[place], rows.weights[place])
             denoiser = Denoiser(backbone, attachment, spread, layout.members, text, negative, 2, policy.trains_theta)
             with denoiser.attached():
-                denoiser.velocity(noise, 0).square().sum().backward()
+                # Not Tensor.backward, during which no mode is on: what is computed again attends, too.
+                torch.autograd.backward(denoiser.velocity(noise, 0).square().sum())
     # What a sketch answers where a model asks for numbers.
     except (RuntimeError, NotImplementedError):
         return None
