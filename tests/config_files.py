@@ -92,6 +92,17 @@ NUM_PARAMETERS = {
     "flux2_klein/pair_es.yaml": 2 * 30 + 2,
     "z_image/paper.yaml": 2 * 68 + 2,
     "z_image/pair_es.yaml": 2 * 68 + 2,
+    # Stacked on a LoRA, the paper's count again.
+    "sd35_medium/calibri_on_flow_grpo.yaml": 2 * 107 + 2,
+    # LoRAs: (inputs + outputs) x rank of each layer. SD3.5-M: 24 blocks of 8 layers less the last one's text output.
+    "sd35_medium/flow_grpo.yaml": 191 * 2 * 1536 * 32,
+    "sd35_medium/flow_grpo_fast.yaml": 191 * 2 * 1536 * 32,
+    # FLUX.1: attention of 19 double (8 layers) and 38 single blocks (3), and two feed-forwards of the double ones.
+    "flux1_dev/flow_grpo.yaml": ((19 * 8 + 38 * 3) * 2 + 19 * 4 * 5) * 3072 * 64,
+    "flux1_dev/flow_grpo_fast.yaml": ((19 * 8 + 38 * 3) * 2 + 19 * 4 * 5) * 3072 * 64,
+    # Qwen-Image: 60 blocks of 8 attention layers and two MLPs.
+    "qwen_image/flow_grpo.yaml": 60 * (8 * 2 + 4 * 5) * 3072 * 64,
+    "qwen_image/flow_grpo_fast.yaml": 60 * (8 * 2 + 4 * 5) * 3072 * 64,
 }
 
 
@@ -108,22 +119,48 @@ def parsed(file: Path) -> dict[str, Any]:
     return parse_fit([f"--config={path}" for path in stacked(file)])
 
 
+def has_gradients(file: Path) -> bool:
+    """Whether its strategy is one with gradients."""
+    return bool(parsed(file)["model"]["strategy"]["class_path"].endswith((".FlowGRPO", ".DiffusionNFT")))
+
+
+def takes_turns(file: Path) -> bool:
+    """Whether it runs several strategies in turn."""
+    return bool(parsed(file)["model"]["strategy"]["class_path"].endswith(".Alternate"))
+
+
 def strategy_of(file: Path) -> CMAES | PairES:
-    """The strategy as configured."""
+    """The strategy as configured, one without gradients."""
     strategy = parsed(file)["model"]["strategy"]
     return {"CMAES": CMAES, "PairES": PairES}[strategy["class_path"].rpartition(".")[2]](**strategy["init_args"])
 
 
-def is_policy(file: Path) -> bool:
-    """Whether a configuration trains by gradients."""
-    return str(parsed(file)["model"]["strategy"]["class_path"]).endswith(("FlowGRPO", "DiffusionNFT"))
+def images_per_step(file: Path, num_parameters: int) -> int:
+    """Training images of a step, or generation."""
+    if not has_gradients(file):
+        return strategy_of(file).num_cells(num_parameters)
+    given = parsed(file)["model"]["strategy"]["init_args"]
+    return int(given["num_groups"] * given["group_size"])
 
 
-def images_of_step(file: Path, num_parameters: int) -> int:
-    """Pictures of a training step."""
-    if is_policy(file):
-        return 3 * 2
-    return strategy_of(file).num_cells(num_parameters)
+def training_steps(file: Path) -> int:
+    """Sampling steps in training of a strategy with gradients."""
+    model = parsed(file)["model"]
+    return int(model["strategy"]["init_args"]["num_steps"] or model["num_steps"])
+
+
+def forwards_per_picture(file: Path) -> int:
+    """What a picture costs on paper: 1 a forward, 2 a forward with its backward, 1 the reference's, for each member."""
+    model = parsed(file)["model"]
+    given, steps = model["strategy"]["init_args"], training_steps(file)
+    members = 2 if model["calibration"]["members"] == "cfg" else 1
+    if "num_timesteps" in given:
+        levels = given["num_timesteps"] or steps
+        return int(members * (steps + levels * (3 + (given["loss"]["kl_weight"] > 0))))
+    window = given["window"]
+    trained = steps - 1 if window is None or window["class_path"].endswith(".AllSteps") else window["init_args"]["size"]
+    reference = 0 if given["loss"]["kl"] == "none" else 1
+    return int(members * (steps + trained * (2 + reference)))
 
 
 def write_prompts(folder: Path) -> None:
@@ -142,14 +179,29 @@ def small(file: Path, model: Path, *more: str) -> list[str]:
         f"--model.backbone.pretrained={model}",
         f"--model.backbone.height={side}",
         f"--model.backbone.width={side}",
-        # A window of steps, or several noise levels, need as many steps.
-        *(("--model.strategy.num_groups=3", "--model.strategy.group_size=2") if is_policy(file) else ()),
-        f"--model.num_steps={5 if is_policy(file) else 1}",
+        f"--model.num_steps={3 if takes_turns(file) else 1}",
         "--model.full_num_steps=1",
         "--model.num_grid_prompts=1",
         "--model.num_diversity_prompts=1",
         *(f"--data.{part}=prompts/{part}.txt" for part in ("train", "val", "test")),
         "--trainer.max_steps=1",
         "--trainer.accelerator=cpu",
+        *(shrunk(file) if has_gradients(file) else ()),
+        *((TURNS,) if takes_turns(file) else ()),
         *more,
     ]
+
+
+TURNS = (
+    '--model.strategy.phases=[{"strategy": {"class_path": "FlowGRPO", "init_args": {"num_groups": 2, "group_size": 2}},'
+    ' "steps": 1}, {"strategy": {"class_path": "CMAES", "init_args": {"popsize": 4, "bucket_size": 2}}, "steps": 1}]'
+)
+"""A turn of each kind, shrunk."""
+SHRUNK_IMAGES = 4
+"""Training images of a step of a strategy with gradients, once it is shrunk."""
+
+
+def shrunk(file: Path) -> list[str]:
+    """Two groups of two pictures; kernel, window, loss and steps are the file's."""
+    sizes = {"num_groups": 2, "group_size": 2, "pictures_per_unit": 2, "num_steps": training_steps(file)}
+    return [f"--model.strategy.{name}={value}" for name, value in sizes.items()]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from calibri_lightning.adapters.lora import LoraOptions
 from calibri_lightning.assembly import CalibrationConfig
 from calibri_lightning.backbones.memory import MemoryOptions
 from calibri_lightning.backbones.native import Native
@@ -20,7 +21,10 @@ from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
 from calibri_lightning.planning.estimate import MemoryPlan, Situation, make_plan
 from calibri_lightning.planning.sketch import sketch_pipeline
+from calibri_lightning.planning.training import TrainingPlan, read_training
 from calibri_lightning.prompts import read_prompts
+from calibri_lightning.sampling.rows import MOST_ROWS
+from calibri_lightning.stacking import parse_start
 
 USAGE = """usage: calibri_lightning plan --config FILE [--key value ...] [--json] [--device_memory GIB]
 
@@ -104,6 +108,7 @@ def plan_fit(config: dict[str, Any], device_bytes: int | None = None) -> tuple[M
     num_texts = _count_texts(config["data"], any(member.prompt == "negative" for member in layout.members))
     accelerator, rows = config["trainer"]["accelerator"], model["rows_per_forward"]
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and device_bytes is None and not torch.cuda.is_available())
+    most = (MOST_ROWS if rows == "auto" else int(rows)) // len(layout.members)
     situation = Situation(
         layout,
         None if rows == "auto" else int(rows),
@@ -111,6 +116,9 @@ def plan_fit(config: dict[str, Any], device_bytes: int | None = None) -> tuple[M
         on_cpu,
         None if on_cpu else device_bytes,
         bool(model["overlap_scoring"]),
+        read_training(model, max(1, most)),
+        None if model["lora"] is None else LoraOptions(**model["lora"]),
+        parse_start(model["init_from"]).adapter is not None,
     )
     height, width = backbone.image_size
     heading = (
@@ -184,6 +192,7 @@ def render(plan: MemoryPlan, heading: str) -> str:
         f"{'embeddings':<24}{texts}",
         f"{'one forward':<24}{forward}",
         f"{'activations':<24}{activations}",
+        *(() if plan.training is None else _render_training(plan.training)),
         "",
         "expected peak of the device",
         *(f"  {name:<22}{_size(count):>14}" for name, count in (*plan.phases.items(), ("highest", plan.peak))),
@@ -191,6 +200,15 @@ def render(plan: MemoryPlan, heading: str) -> str:
         *plan.notes,
     ]
     return "\n".join(lines)
+
+
+def _render_training(plan: TrainingPlan) -> list[str]:
+    state = (
+        f"weights {_size(plan.parameter_bytes)}, gradients {_size(plan.gradient_bytes)}, "
+        f"AdamW {_size(plan.optimizer_bytes)}, copies {_size(plan.copy_bytes)}"
+    )
+    kept = f"latents {_size(plan.trajectory_bytes)}, forward and backward {_optional(plan.backward_bytes)}"
+    return [f"{'training':<24}{plan.parameters:,} parameters: {state}", f"{'':<24}{kept}"]
 
 
 def _size(count: int) -> str:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from calibri_lightning.adapters.lora import LoraOptions
 from calibri_lightning.backbones.native import Native
 from calibri_lightning.calibration import Layout, attach
 from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.planning.live import FusedAttention, LiveBytes
+from calibri_lightning.planning.training import TrainingNeeds, TrainingPlan, plan_training, sketch_policy
 from calibri_lightning.sampling.rows import MOST_ROWS, check_rows, rows_by_rule
 
 if TYPE_CHECKING:
@@ -48,6 +50,12 @@ class Situation:
     device_bytes: int | None = None
     """Memory of the device; rows_per_forward: auto is then estimated for it."""
     overlap_scoring: bool = True
+    training: TrainingNeeds | None = None
+    """What is trained; None for a search without gradients."""
+    lora: LoraOptions | None = None
+    """The LoRA that is trained, as configured."""
+    starts_from_adapter: bool = False
+    """Whether the run starts from an adapter, of which nothing is known before it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,10 @@ class MemoryPlan:
     decoding_bytes: int | None
     """Peak of decoding a unit beyond the weights."""
     phases: dict[str, int] = field(default_factory=dict)
-    """Peak of the device while texts are encoded, while pictures are sampled, and while they are decoded."""
+    """Peak of the device while texts are encoded, while pictures are sampled, while they are decoded, and in training
+    with gradients while the policy is trained on them."""
+    training: TrainingPlan | None = None
+    """What training with gradients takes on top; None for a search without."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -121,10 +132,14 @@ def make_plan(backbone: Native, situation: Situation) -> MemoryPlan:
     resident = sum(size.bytes for size in networks) - (0 if keeps else encoder_bytes)
     if situation.on_cpu:
         resident += embedding_bytes * situation.num_texts
+    training = _training(backbone, situation)
+    resident += training.resident if training is not None else 0
     rows = _rows(backbone, situation, resident)
     check_rows(rows, num_members)
     pictures = rows // num_members
     notes = _notes(backbone, situation)
+    if training is not None and training.backward_bytes is None:
+        notes.append("Activations while training are not counted: this model decides by numbers, which a plan has not.")
     sampling = _followed(lambda: _sampling_peak(backbone, situation.layout, pictures), "sampling", notes)
     decoding = _followed(lambda: _decoding_peak(backbone, pictures), "decoding", notes)
     height, width = backbone.image_size
@@ -142,14 +157,26 @@ def make_plan(backbone: Native, situation: Situation) -> MemoryPlan:
             "encoding": resident + (0 if keeps or choice == "cpu" else encoder_bytes),
             "sampling": resident + held + (sampling or 0),
             "decoding": resident + held + (decoding or 0),
+            **({} if training is None else {"training": resident + (training.backward_bytes or 0)}),
         },
+        training=training,
         notes=tuple(notes),
     )
+
+
+def _training(backbone: Native, situation: Situation) -> TrainingPlan | None:
+    needs, layout = situation.training, situation.layout
+    if needs is None:
+        return None
+    policy = sketch_policy(backbone, layout, needs.trains, situation.lora)
+    return plan_training(backbone, layout, policy, needs)
 
 
 def _notes(backbone: Native, situation: Situation) -> list[str]:
     """What the numbers leave out or take for granted."""
     notes = ["Rewards and their models are not counted."]
+    if situation.starts_from_adapter:
+        notes.append("The adapter of init_from is not counted; one that is trained is taken to be as model.lora says.")
     if situation.on_cpu or backbone.memory.text_encoders != "cpu":
         notes.append("Activations of the text encoders, one text at a time, are not counted.")
     if backbone.memory.quantization is not None:

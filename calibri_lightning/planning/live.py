@@ -71,7 +71,8 @@ class FusedAttention(TorchFunctionMode):
     """Lets attention on the meta device take the memory that a fused kernel takes: no matrix of logits.
 
     Without it the operation falls back to one that holds every query's logits for every key, as no GPU and no CPU does
-    nowadays. The output lies in memory as the kernels put it, heads after positions.
+    nowadays. The output lies in memory as the kernels put it, heads after positions. Gradients pass,
+    and what the kernels keep for them is kept.
     """
 
     def __torch_function__(
@@ -83,6 +84,25 @@ class FusedAttention(TorchFunctionMode):
             given = dict(zip(("query", "key", "value"), args, strict=False)) | named
             query, value = given["query"], given["value"]
             if query.is_meta:
-                *batch, heads, length, _ = query.shape
-                return query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-3, -2)
+                return _Attention.apply(query, given["key"], value)
         return func(*args, **named)
+
+
+class _Attention(torch.autograd.Function):
+    """The memory of a fused kernel: it keeps its inputs and output for the backward, and one number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Makes an output without numbers."""
+        *batch, heads, length, _ = query.shape
+        output = query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-3, -2)
+        # The logarithms of the sums of exponentials.
+        logsumexp = query.new_empty(*batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Makes gradients without numbers."""
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

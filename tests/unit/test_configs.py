@@ -19,20 +19,26 @@ from config_files import (
     NUM_PARAMETERS,
     OVERLAYS,
     ROOT,
+    SHRUNK_IMAGES,
     WHOLE,
-    images_of_step,
+    forwards_per_picture,
+    has_gradients,
+    images_per_step,
     label,
     lively,
     parsed,
     small,
     stacked,
     strategy_of,
+    takes_turns,
     write_prompts,
 )
 from run_files import column
 
 from calibri_lightning import read_calibration
 from calibri_lightning.__main__ import main
+from calibri_lightning.adapters.files import write_adapter
+from calibri_lightning.adapters.lora import LoraOptions, add_lora, lora_parameters, remove_lora
 from calibri_lightning.assembly import CalibrationConfig
 from calibri_lightning.bench.models import RANDOM_MODELS
 from calibri_lightning.bench.random_models import build_random
@@ -44,6 +50,8 @@ IMAGES = re.compile(r"([\d,]+) training images")
 
 each_file = pytest.mark.parametrize("file", FILES, ids=label)
 each_whole = pytest.mark.parametrize("file", WHOLE, ids=label)
+TRAINED = [file for file in WHOLE if has_gradients(file)]
+STACKED = [file for file in WHOLE if file.stem == "calibri_on_flow_grpo"]
 each_full_size = pytest.mark.parametrize(
     "file", [file for file in WHOLE if FAMILIES[file.parent.name].recipe is not None], ids=label
 )
@@ -107,7 +115,8 @@ def test_it_parses_and_names_what_it_is_for(file: Path) -> None:
     if family.recipe is not None:
         assert config["name"] == f"{file.parent.name}_{file.stem}", "runs of different files have folders of their own"
         assert dict(model["rewards"]) == {"pickscore": 1.0}
-        assert (model["num_steps"], model["rows_per_forward"], model["overlap_scoring"]) == (15, "auto", True)
+        assert (model["rows_per_forward"], model["overlap_scoring"]) == ("auto", True)
+        assert has_gradients(file) or model["num_steps"] == 15
 
 
 @functools.cache
@@ -134,13 +143,26 @@ def full_layout(file: Path) -> Layout:
     return build_layout(sites, calibration.granularity, calibration.members, guidance, calibration.weight_mode)
 
 
+def full_lora(file: Path) -> int:
+    """Parameters of the LoRA on the model that the configuration names."""
+    full_layout(file)
+    config, family = parsed(file)["model"], FAMILIES[file.parent.name]
+    assert family.recipe is not None
+    transformer = full_size(family.recipe, config["backbone"]["init_args"]["height"]).transformer
+    try:
+        add_lora(transformer, LoraOptions(**config["lora"]), 0)
+        return sum(parameter.numel() for parameter in lora_parameters(transformer).values())
+    finally:
+        remove_lora(transformer)
+
+
 @each_full_size
 def test_the_full_size_model_has_as_many_parameters_as_the_file_says(file: Path) -> None:
-    layout = full_layout(file)
-    assert layout.num_parameters == NUM_PARAMETERS[label(file)]
+    trained = full_lora(file) if has_gradients(file) else full_layout(file).num_parameters
+    assert trained == NUM_PARAMETERS[label(file)]
     head = " ".join(line.removeprefix("# ") for line in file.read_text(encoding="utf-8").splitlines() if line[0] == "#")
-    assert f"{layout.num_parameters} parameters" in head
-    images = parsed(file)["trainer"]["max_steps"] * strategy_of(file).num_cells(layout.num_parameters)
+    assert f"{trained:,} parameters" in head
+    images = parsed(file)["trainer"]["max_steps"] * images_per_step(file, trained)
     assert [int(number.replace(",", "")) for number in IMAGES.findall(head)] == [images]
 
 
@@ -156,9 +178,57 @@ def test_the_page_lists_what_the_files_are() -> None:
         folder, _, file = name.partition("/")
         [row] = [row for row in rows if f"`{folder}/" in row and re.search(rf"[`/]{file}`", row)]
         path = ROOT / "configs" / name
-        images = parsed(path)["trainer"]["max_steps"] * strategy_of(path).num_cells(parameters)
+        images = parsed(path)["trainer"]["max_steps"] * images_per_step(path, parameters)
         cells = [cell.strip() for cell in row.split("|")]
-        assert (cells[2].split(",")[0], cells[3]) == (str(parameters), f"{images:,}"), name
+        assert (cells[2].split(", of")[0], cells[3]) == (f"{parameters:,}", f"{images:,}"), name
+        if has_gradients(path):
+            assert cells[4] == str(forwards_per_picture(path)), name
+            head = path.read_text(encoding="utf-8")
+            assert f" {cells[4]} forwards a picture" in head.replace("\n# ", " "), name
+
+
+RECIPES = {
+    # Groups, size, CFG or embedded guidance, training and validation steps, noise, clip, KL, rank; forwards a picture.
+    "sd35_medium/flow_grpo.yaml": (48, 24, 4.5, 10, 40, "FlowSDE", 0.7, 1e-4, 0.01, 32, 74),
+    "sd35_medium/flow_grpo_fast.yaml": (64, 18, None, 10, 40, "CPS", 0.8, 1e-5, 0.0, 32, 16),
+    "flux1_dev/flow_grpo.yaml": (48, 24, 3.5, 6, 28, "FlowSDE", 0.9, 1e-4, 0.0, 64, 16),
+    "flux1_dev/flow_grpo_fast.yaml": (48, 24, 3.5, 6, 28, "CPS", 0.8, 1e-5, 0.0, 64, 12),
+    "qwen_image/flow_grpo.yaml": (32, 16, 4.0, 10, 50, "FlowSDE", 1.2, 1e-4, 0.0, 64, 28),
+    "qwen_image/flow_grpo_fast.yaml": (32, 16, None, 10, 50, "CPS", 0.8, 1e-5, 0.0, 64, 16),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_are_the_published_ones(name: str) -> None:
+    path = ROOT / "configs" / name
+    model = parsed(path)["model"]
+    given, backbone, calibration = model["strategy"]["init_args"], model["backbone"]["init_args"], model["calibration"]
+    guidance = calibration["guidance_scale"] if calibration["members"] == "cfg" else backbone.get("embedded_guidance")
+    kernel, loss, lora = given["kernel"], given["loss"], model["lora"]
+    assert loss["clip_low"] == loss["clip_high"]
+    assert RECIPES[name] == (
+        given["num_groups"],
+        given["group_size"],
+        guidance,
+        given["num_steps"],
+        model["num_steps"],
+        kernel["class_path"].rpartition(".")[2],
+        kernel["init_args"]["noise_level"],
+        loss["clip_low"],
+        loss["kl_weight"],
+        lora["rank"],
+        forwards_per_picture(path),
+    )
+    assert (given["optimizer"]["lr"], given["updates"], lora["alpha"]) == (3e-4, 2, 2 * lora["rank"])
+    units = given["num_groups"] * given["group_size"] / given["pictures_per_unit"]
+    assert units % (8 * given["updates"]) == 0, "8 GPUs have equally many units of each optimiser step"
+
+
+def test_all_recipes_are_compared() -> None:
+    assert {label(file) for file in TRAINED} - set(RECIPES) == {
+        "shapes/flow_grpo_lora.yaml",
+        "shapes/flow_grpo_scales.yaml",
+    }
 
 
 PUBLISHED = {"flux1_dev/paper_block.yaml": (200, 16), "flux1_dev/paper_layer.yaml": (410, 17)}
@@ -208,11 +278,22 @@ def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def tiny_adapter(family: str, folder: Path) -> Path:
+    """A folder with a LoRA for the tiny model."""
+    transformer = FAMILIES[family].tiny().transformer
+    add_lora(transformer, LoraOptions(rank=2), 0)
+    write_adapter(folder / "adapter", transformer)
+    return folder / "adapter"
+
+
 @each_whole
 @pytest.mark.usefixtures("no_plots")
 def test_it_takes_a_step_on_a_tiny_model_of_its_class(file: Path, models: Callable[[str], Path], prompts: Path) -> None:
     folder = file.parent.name
-    assert main(small(file, models(folder), '--model.rewards={"tiny_rewards:redness": 1.0}')) == 0
+    flags = ['--model.rewards={"tiny_rewards:redness": 1.0}']
+    if file in STACKED:
+        flags.append(f"--model.init_from={tiny_adapter(folder, prompts)}")
+    assert main(small(file, models(folder), *flags)) == 0
     [path] = (prompts / "runs").glob("*/version_0")
     calibration = read_calibration(path / "calibration.json")
     transformer = FAMILIES[folder].tiny().transformer
@@ -223,7 +304,12 @@ def test_it_takes_a_step_on_a_tiny_model_of_its_class(file: Path, models: Callab
     members = 2 if config.members == "cfg" else 1
     dead = members * DEAD.get(folder, 0) if config.granularity == "gate" else 0
     assert len(calibration.values) == everything - dead
-    assert column(path, "train/images") == [images_of_step(file, len(calibration.values))]
+    if has_gradients(file):
+        assert column(path, "train/images") == [SHRUNK_IMAGES]
+        assert column(path, "budget/forwards") == [SHRUNK_IMAGES * forwards_per_picture(file)]
+        assert column(path, "train/ratio_mean") or file.stem == "diffusion_nft"
+    elif not takes_turns(file):
+        assert column(path, "train/images") == [strategy_of(file).num_cells(len(calibration.values))]
     assert (path / "summary.json").is_file(), "the test at the end"
 
 

@@ -16,15 +16,19 @@ from tiny_runs import TinyRuns
 from torch import nn
 
 from calibri_lightning.__main__ import main
+from calibri_lightning.adapters.lora import LoraOptions, add_lora, lora_parameters
 from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Lumina2, QwenImage, ZImage
 from calibri_lightning.backbones.loading import load_pipeline
 from calibri_lightning.backbones.native import Native
 from calibri_lightning.calibration import Layout, attach, build_layout, find_sites
+from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.errors import UserError
 from calibri_lightning.planning import Situation, make_plan, sketch_pipeline
 from calibri_lightning.planning.estimate import network_sizes
 from calibri_lightning.planning.live import FusedAttention, LiveBytes
+from calibri_lightning.planning.training import TrainingNeeds, plan_training, sketch_policy
 from calibri_lightning.prompts import Prompt
+from calibri_lightning.sampling.denoiser import Denoiser
 from calibri_lightning.sampling.rows import sample_once
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
@@ -133,6 +137,46 @@ def test_activations_agree_with_what_a_real_forward_takes(family: str, folders: 
     assert plan.decoding_bytes == pytest.approx(decoding, rel=TOLERANCE["decoding"])
 
 
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", ["sd3", "flux1", "qwen"])
+def test_training_agrees_with_what_a_real_backward_takes(
+    family: str, checkpoints: bool, folders: Callable[[str], Path]
+) -> None:
+    cls, _, size = FAMILIES[family]
+    sketch = cls.of(sketch_pipeline(cls.pipelines, str(folders(family)), "float32", None), *size)
+    needs = TrainingNeeds("lora", 8, checkpoints, has_ema=True, kept_images=16, kept_latents=6, on_device=True)
+    layout = make_layout(sketch)
+    policy = sketch_policy(sketch, layout, "lora", LoraOptions(rank=4))
+    plan = plan_training(sketch, layout, policy, needs)
+    assert plan.backward_bytes is not None
+
+    real = cls.of(load_pipeline(cls.pipelines, str(folders(family)), "float32", None), *size)
+    layout = make_layout(real)
+    live = sketch_policy(real, layout, "lora", LoraOptions(rank=4))
+    tensors = list(live.parameters().values())
+    assert plan.parameters == sum(tensor.numel() for tensor in tensors)
+    assert plan.parameter_bytes == plan.gradient_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert plan.optimizer_bytes == 2 * plan.parameter_bytes
+    assert plan.copy_bytes == 4 * plan.parameter_bytes, "start, best, average, and the average as a copy"
+    assert plan.trajectory_bytes == 16 * 6 * real.noise([0]).nbytes
+    if checkpoints:
+        real.transformer.enable_gradient_checkpointing()
+    for tensor in tensors:
+        tensor.grad = torch.zeros_like(tensor)
+    rows = layout.rows(torch.tensor(layout.start)[None])
+    spread = Rows(rows.scales[[0] * 8], rows.weights[[0] * 8])
+    text, noise = real.example().take([0] * 8), real.noise(range(8))
+    attachment = attach(real.transformer, layout.sites)
+
+    def work() -> None:
+        denoiser = Denoiser(real, attachment, spread, layout.members, text, None, 2)
+        with denoiser.attached():
+            denoiser.velocity(noise, 0).square().sum().backward()
+
+    work()
+    assert plan.backward_bytes == pytest.approx(measured_peak(work), rel=0.2)
+
+
 def test_memory_grows_linearly_with_rows_and_not_with_anything_else(folders: Callable[[str], Path]) -> None:
     backbone = FLUX1.of(sketch_pipeline(FLUX1.pipelines, str(folders("flux1")), "bfloat16", None), 32, 48)
     layout = make_layout(backbone)
@@ -220,6 +264,21 @@ def test_the_command_prints_text_and_json(
     assert plan["num_texts"] == 6 + 3 + 3 + 1, "train, val, test and the empty negative prompt"
     assert plan["peak"] == max(plan["phases"].values())
     assert "expected peak of the device" in text
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_the_command_counts_training(runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--config", str(runs.config), "--model.strategy=FlowGRPO", "--model.num_steps=4"]
+    assert main([*arguments, "--model.lora.rank=4", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    transformer = build_pipeline(TINY).transformer
+    add_lora(transformer, LoraOptions(rank=4), 0)
+    assert plan["training"]["parameters"] == sum(p.numel() for p in lora_parameters(transformer).values())
+    assert plan["phases"]["training"] > plan["training"]["backward_bytes"] > 0
+    assert main([*arguments, "--model.strategy.train=scales"]) == 0
+    assert "forward and backward" in capsys.readouterr().out
+    assert main([*arguments, "--model.strategy.window=RandomWindow", "--model.strategy.window.size=9"]) == 2
+    assert "size 9" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
