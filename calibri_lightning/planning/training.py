@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from calibri_lightning.adapters.lora import LoraOptions, add_lora
 from calibri_lightning.adapters.policy import Policy, Trains
@@ -181,8 +183,7 @@ def _backward_peak(backbone: Native, layout: Layout, policy: Policy, needs: Trai
             spread = Rows(rows.scales[place], rows.weights[place])
             denoiser = Denoiser(backbone, attachment, spread, layout.members, text, negative, 2, policy.trains_theta)
             with denoiser.attached():
-                # Not Tensor.backward, during which no mode is on: what is computed again attends, too.
-                torch.autograd.backward(denoiser.velocity(noise, 0).square().sum())
+                denoiser.velocity(noise, 0).square().sum().backward()
     # What a sketch answers where a model asks for numbers.
     except (RuntimeError, NotImplementedError):
         return None
@@ -198,4 +199,10 @@ def _checkpoint(backbone: Native) -> None:
             f"strategy.gradient_checkpointing is true, but {type(transformer).__name__} does not support it. Set it to "
             "false, and lower strategy.pictures_per_unit instead."
         )
-    transformer.enable_gradient_checkpointing()
+    transformer.enable_gradient_checkpointing(_computed_again)
+
+
+def _computed_again(module: nn.Module, *args: Any) -> Any:
+    """What diffusers does, with fused attention in the second forward too: during a backward no mode is on."""
+    contexts = (nullcontext(), FusedAttention())
+    return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=lambda: contexts)
