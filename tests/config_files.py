@@ -97,6 +97,7 @@ NUM_PARAMETERS = {
     # LoRAs: (inputs + outputs) x rank of each layer. SD3.5-M: 24 blocks of 8 layers less the last one's text output.
     "sd35_medium/flow_grpo.yaml": 191 * 2 * 1536 * 32,
     "sd35_medium/flow_grpo_fast.yaml": 191 * 2 * 1536 * 32,
+    "sd35_medium/diffusion_nft.yaml": 191 * 2 * 1536 * 32,
     # FLUX.1: attention of 19 double (8 layers) and 38 single blocks (3), and two feed-forwards of the double ones.
     "flux1_dev/flow_grpo.yaml": ((19 * 8 + 38 * 3) * 2 + 19 * 4 * 5) * 3072 * 64,
     "flux1_dev/flow_grpo_fast.yaml": ((19 * 8 + 38 * 3) * 2 + 19 * 4 * 5) * 3072 * 64,

@@ -91,7 +91,7 @@ def test_flags(runs: TinyRuns, capsys: Capture, flag: str, words: list[str]) -> 
         (["kernel=CPS", "kernel.noise_level=2"], ["noise_level of CPS is 2", "at most 1"]),
         (["kernel=FlowSDE", "kernel.noise_level=0"], ["noise_level of FlowSDE is 0", "above 0"]),
         (["kernel.noise_level=0.5"], ["kernel.noise_level is given, but not what", "FlowSDE, DanceSDE, CPS"]),
-        (["window=RandomWindow", "window.sise=2"], ["strategy.window has no option 'sise'"]),
+        (["window=RandomWindow", "window.length=2"], ["strategy.window has no option 'length'"]),
         (["window=RandomWindow", "window.size=two"], ["strategy.window.size does not take 'two'"]),
         (["ema=false"], ["strategy.ema does not take false", "EmaOptions, or null"]),
         (["ema.decay=2"], ["decay is 2.0", "below 1"]),
