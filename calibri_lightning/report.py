@@ -56,13 +56,10 @@ class RunReport:
         """Says what a fit is about to do."""
         if not self.speaks:
             return
-        module, layout, words = self.module, self.module.layout, self.module.strategy.words
-        steps, count = module.num_steps, len(layout.members)
+        module, words = self.module, self.module.strategy.words
         print(
             f"{words.doing} {module.backbone.name} with {type(module.strategy).__name__}: "
-            f"{self._trained()}, {steps} steps = {steps * count} forwards an image, "
-            f"{module.strategy.prompts_per_step} prompts a {words.step}, {module.engine.rows_per_forward} rows a "
-            f"forward. Run folder: {self.folder}",
+            f"{self._trained()}; {module.strategy.describe_step(module)}. Run folder: {self.folder}",
             flush=True,
         )
 

@@ -205,6 +205,21 @@ class Strategy(Callback, ABC):
     def prompts_per_step(self) -> int:
         """Prompts that one training step takes."""
 
+    def describe_step(self, module: CalibratedModule) -> str:
+        """Says what a training step takes.
+
+        Args:
+            module: The module that is trained.
+
+        Returns:
+            Part of a sentence.
+        """
+        steps, forwards = module.num_steps, module.num_steps * len(module.layout.members)
+        return (
+            f"{steps} steps = {forwards} forwards an image, {self.prompts_per_step} prompts a {self.words.step}, "
+            f"{module.engine.rows_per_forward} rows a forward"
+        )
+
     @abstractmethod
     def training_step(self, module: CalibratedModule, batch: PromptBatch) -> None:
         """Does the work of one step.

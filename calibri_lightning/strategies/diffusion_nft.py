@@ -150,6 +150,12 @@ class DiffusionNFT(PolicyStrategy[Tensor]):
     def _steps(self, module: CalibratedModule) -> int:
         return self.num_steps or module.num_steps
 
+    def forwards_per_picture(self, module: CalibratedModule) -> int:
+        """The sampler's steps, and for each noise level the old policy, forward, backward and reference."""
+        steps = self._steps(module)
+        each = 4 if self.loss.kl_weight else 3
+        return len(module.layout.members) * (steps + self.levels.count(steps) * each)
+
     def draw(self, module: CalibratedModule, slots: Slots, unit: range) -> Drawn[Tensor]:
         """Samples a unit with the old policy, along the ODE, and keeps the finished latents alone."""
         denoiser = self._frozen(module, unit_denoiser(module, slots, unit, self._steps(module)), OLD)

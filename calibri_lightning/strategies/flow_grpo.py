@@ -140,6 +140,12 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
     def _steps(self, module: CalibratedModule) -> int:
         return self.num_steps or module.num_steps
 
+    def forwards_per_picture(self, module: CalibratedModule) -> int:
+        """The sampler's steps, and for each step of the window forward, backward and reference."""
+        steps = self._steps(module)
+        window = len(self.window.steps(module.seed, 0, steps))
+        return len(module.layout.members) * (steps + window * (2 if self.loss.kl == "none" else 3))
+
     def draw(self, module: CalibratedModule, slots: Slots, unit: range) -> Drawn[Trajectory]:
         """Samples a unit with noise in the window's steps."""
         denoiser = unit_denoiser(module, slots, unit, self._steps(module))
@@ -155,7 +161,12 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
             offload=self.offload,
         )
         # A picture that went wrong is masked by its reward, but 0 times the gradient of NaN would still be NaN.
-        finite = replace(trajectory, x=_cleaned(trajectory.x), x_next=_cleaned(trajectory.x_next))
+        finite = replace(
+            trajectory,
+            x=_cleaned(trajectory.x),
+            x_next=_cleaned(trajectory.x_next),
+            means=None if trajectory.means is None else _cleaned(trajectory.means),
+        )
         return Drawn(finite, trajectory.latents, trajectory.num_forwards)
 
     def backward(self, module: CalibratedModule, work: UnitWork[Trajectory], record: StepRecord) -> None:

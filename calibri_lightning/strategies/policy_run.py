@@ -126,13 +126,30 @@ class PolicyRun(TurnStrategy):
         self._recorded: dict[str, str | int] = {}
 
     def check_run(self, module: CalibratedModule) -> None:
-        """Checks what only the module knows, before the first step.
+        """Checks the settings against the module, before anything runs.
 
         Args:
             module: The module that is trained.
 
         Raises:
             UserError: If the settings do not fit the module.
+        """
+        transformer = module.engine.backbone.transformer
+        rounded = next((name for name, p in transformer.named_parameters() if p.dtype != torch.float32), None)
+        if self.trains == "full" and rounded is not None:
+            raise UserError(
+                f"train is full, but {rounded} is not float32: most of the optimiser's steps would be rounded away. Set "
+                "the backbone's dtype to float32 (with trainer.precision bf16-mixed for speed), or train a LoRA."
+            )
+
+    def check_units(self, module: CalibratedModule) -> None:
+        """Checks the settings against the rows of a forward, which are known when training starts.
+
+        Args:
+            module: The module that is trained.
+
+        Raises:
+            UserError: If the settings do not fit.
         """
 
     def keep_copies(self, module: CalibratedModule) -> None:
@@ -164,16 +181,17 @@ class PolicyRun(TurnStrategy):
         return self.settings.num_groups
 
     def answer(self, module: CalibratedModule) -> Candidate:
-        """Gives the best validated candidate; the average, or the policy as it is, where nothing was validated."""
-        if self.best is not None:
-            return self.best
-        return self._candidate(module, LIVE if self._ema is None else EMA)
+        """Gives the best validated candidate; the policy as it is, where nothing was validated."""
+        # The average stands near the start for long: unseen, it is the worse bet.
+        return self._candidate(module, LIVE) if self.best is None else self.best
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier fit; refuses a backbone that has no velocities to give."""
         if stage == "fit":
             self._reset()
-            cast("CalibratedModule", pl_module).engine.backbone.schedule(1)
+            module = cast("CalibratedModule", pl_module)
+            module.engine.backbone.schedule(1)
+            self.check_run(module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the optimiser, or takes its state from the checkpoint; a run that had ended does not go on."""
@@ -208,7 +226,8 @@ class PolicyRun(TurnStrategy):
         wanted = {} if self._selection.start_score is not None else {START: self._candidate(module, START)}
         if self.steps and self.steps != self._selection.validated_generation:
             wanted["policy"] = self._candidate(module, LIVE)
-            if self._ema is not None:
+            # Before its first averaging it is the start.
+            if self._ema is not None and self._ema.num_updates >= self._ema.interval:
                 module.policy.keep(EMA, self._ema.averages)
                 wanted[EMA] = self._candidate(module, EMA)
         self._validating = wanted
@@ -281,7 +300,7 @@ class PolicyRun(TurnStrategy):
                 f"patience is {self.settings.stop.patience}, which counts validations, but there are no validation "
                 "prompts. Name some with data.val, or remove patience."
             )
-        self.check_run(module)
+        self.check_units(module)
         if self.settings.gradient_checkpointing:
             _checkpoint_gradients(module)
         parameters, layout = module.policy.parameters(), module.layout

@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -94,6 +95,25 @@ class PolicyStrategy(PolicyRun, Generic[T]):
             record: Takes diagnostics and costs.
         """
 
+    @abstractmethod
+    def forwards_per_picture(self, module: CalibratedModule) -> int:
+        """Counts what a picture costs on paper.
+
+        Args:
+            module: The module that is trained.
+
+        Returns:
+            Forwards of one row; 2 for one with its backward.
+        """
+
+    def describe_step(self, module: CalibratedModule) -> str:
+        """Says what a training step takes."""
+        settings = self.settings
+        return (
+            f"{settings.num_groups} prompts x {settings.group_size} pictures a step, "
+            f"{self.forwards_per_picture(module)} forwards a picture, {self._unit_size(module)} pictures a unit"
+        )
+
     def after_updates(self, module: CalibratedModule) -> None:  # noqa: B027 - most do nothing
         """Called once after the optimiser steps of a training step.
 
@@ -120,7 +140,7 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         module.spend(rollout.num_images, rollout.num_forwards + forwards, time.monotonic() - started)
         self._publish(module, rollout, worth, record, metrics)
 
-    def check_run(self, module: CalibratedModule) -> None:
+    def check_units(self, module: CalibratedModule) -> None:
         """Checks that every optimiser step has pictures of its own."""
         size, images = self._unit_size(module), self.settings.images_per_step
         if self.settings.updates > -(-images // size):
@@ -150,11 +170,12 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         taken = 0
         for share in parts(rollout.units, self.settings.updates):
             count = sum(len(rollout.units[index]) for index in share)
-            for index in (index for index in share if index in rollout.kept):
-                unit = rollout.units[index]
-                here = slice(unit.start, unit.stop)
-                work = UnitWork(slots, unit, rollout.kept[index], values[here], mask[here], count, not taken)
-                self.backward(module, work, record)
+            with self._together(module):
+                for index in (index for index in share if index in rollout.kept):
+                    unit = rollout.units[index]
+                    here = slice(unit.start, unit.stop)
+                    work = UnitWork(slots, unit, rollout.kept[index], values[here], mask[here], count, not taken)
+                    self.backward(module, work, record)
             norm = self._gradients.step(trainer.world_size)
             record.grad_norms.append(norm)
             if not math.isfinite(norm):
@@ -164,6 +185,26 @@ class PolicyStrategy(PolicyRun, Generic[T]):
             if self._ema is not None:
                 self._ema.update(module.policy.parameters())
         self.is_checked = True
+
+    @contextmanager
+    def _together(self, module: CalibratedModule) -> Iterator[None]:
+        """Stops all ranks where one fails: the others would wait for its gradients for ever."""
+        failure: Exception | None = None
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            failure = UserError(
+                f"The backward pass of {self._unit_size(module)} pictures does not fit into memory. Lower "
+                "strategy.pictures_per_unit, or set strategy.gradient_checkpointing to true."
+            )
+            failure.__cause__ = error
+        except Exception as error:
+            failure = error
+        failed = any(part[0] for part in module.gather(np.array([float(failure is not None)])))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise UserError("Training failed on another rank; its own message says why. Fix that and run again.")
 
     def _publish(
         self,

@@ -40,9 +40,18 @@ def unit_denoiser(module: CalibratedModule, slots: Slots, unit: range, num_steps
             backbone.encode([prompt.text for prompt in prompts]),
             backbone.encode([prompt.negative for prompt in prompts], negative=True) if guided else None,
             num_steps,
-            # A weight of 0 has a gradient too.
-            all_members=module.policy.trains_theta and layout.weight_mode != "fixed",
+            all_members=_needs_all(module),
         )
+
+
+def _needs_all(module: CalibratedModule) -> bool:
+    """Whether members must run whose weight is 0 now: it has a gradient, or is none in a reference."""
+    layout = module.layout
+    if layout.weight_mode == "fixed":
+        return False
+    vectors = [module.theta.detach().cpu(), torch.from_numpy(module.start_theta), torch.tensor(layout.start)]
+    silent = layout.rows(torch.stack(vectors)).weights == 0
+    return module.policy.trains_theta or bool((silent != silent[0]).any())
 
 
 def rows_of(module: CalibratedModule, theta: Tensor | Floats, count: int) -> Rows:
