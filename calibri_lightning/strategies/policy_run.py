@@ -138,7 +138,7 @@ class PolicyRun(TurnStrategy):
         rounded = next((name for name, p in transformer.named_parameters() if p.dtype != torch.float32), None)
         if self.trains == "full" and rounded is not None:
             raise UserError(
-                f"train is full, but {rounded} is not float32: most of the optimiser's steps would be rounded away. Set "
+                f"train is full, but {rounded} is not float32: most optimiser steps would be rounded away. Set "
                 "the backbone's dtype to float32 (with trainer.precision bf16-mixed for speed), or train a LoRA."
             )
 
