@@ -76,8 +76,8 @@ def _kinds(source: str) -> list[tuple[Kind, str]]:
     if HUB_ID.fullmatch(source) and path.suffix not in (".json", ".ckpt", ".safetensors", ".pt", ".bin"):
         return [("adapter", source)]
     raise UserError(
-        f"init_from {source!r} is neither a file nor a folder here, nor a Hub id 'owner/name'. Check the path, which "
-        "is relative to the folder that the command runs in."
+        f"init_from {source!r} is neither a file nor a folder here, nor a Hub id 'owner/name'. Give {_PARTS}, "
+        "or a folder that holds them; paths are relative to the folder that the command runs in."
     )
 
 
