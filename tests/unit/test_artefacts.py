@@ -1,4 +1,4 @@
-"""What runs on trained weights leave: which weights the scales belong to, what the table calls them, what may resume."""
+"""What runs on trained weights leave: which weights the scales belong to, and what the table calls them."""
 
 from __future__ import annotations
 
