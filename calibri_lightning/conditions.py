@@ -32,6 +32,19 @@ class Way:
     """Sampling steps."""
 
 
+def base_name(module: CalibriModule) -> str:
+    """What the model is called with no LoRA and no scales of its own.
+
+    Args:
+        module: The module.
+
+    Returns:
+        "base", unless its weights come from init_from: all of them, or a merged adapter, which cannot be taken off.
+    """
+    merged = module.adapter is not None and module.adapter.merged
+    return "start (weights of init_from)" if merged or module.starts_from.transformer is not None else "base"
+
+
 class Conditions:
     """The conditions of a test and their scores so far.
 
@@ -54,10 +67,10 @@ class Conditions:
             The conditions; base alone where the answer is the untouched model.
         """
         answer, base = module.answer, Candidate(module.layout.start, BASE)
-        few, full = module.num_steps, module.full_num_steps
-        ways = [Way(f"base @ {few} steps", "base", base, few)]
+        few, full, name = module.num_steps, module.full_num_steps, base_name(module)
+        ways = [Way(f"{name} @ {few} steps", "base", base, few)]
         if full and full != few:
-            ways.append(Way(f"base @ {full} steps", "base", base, full))
+            ways.append(Way(f"{name} @ {full} steps", "base", base, full))
         start = module.start
         # A new LoRA changes nothing yet.
         has_start = module.starts_from != Start()
@@ -67,8 +80,8 @@ class Conditions:
         num_scales = len(module.layout.members) * len(module.layout.scale_names)
         theta = np.concatenate([base.theta[:num_scales], answer.theta[num_scales:]])
         if not (np.array_equal(theta, base.theta) or np.array_equal(theta, answer.theta)):
-            name = "guidance" if module.layout.weight_mode == "guidance" else "weights"
-            ways.append(Way(f"{name} alone @ {few} steps", "weights", Candidate(theta, BASE), few))
+            kind = "guidance" if module.layout.weight_mode == "guidance" else "weights"
+            ways.append(Way(f"{kind} alone @ {few} steps", "weights", Candidate(theta, BASE), few))
         if not module.same(answer, base):
             ways.append(Way(f"{module.strategy.words.done} @ {few} steps", "calibrated", answer, few))
         return cls(tuple(ways))

@@ -17,8 +17,16 @@ from calibri_lightning.adapters.files import ADAPTER, AdapterRecord, write_adapt
 from calibri_lightning.adapters.full import TRANSFORMER, write_transformer
 from calibri_lightning.adapters.lora import lora_layers
 from calibri_lightning.adapters.policy import BASE
-from calibri_lightning.calibration import CalibrationFile, ObtainedBy, fingerprint, write_calibration
+from calibri_lightning.calibration import (
+    CalibrationFile,
+    ObtainedBy,
+    WeightsRecord,
+    base_digests,
+    fingerprint,
+    write_calibration,
+)
 from calibri_lightning.calibration.files import CALIBRATION
+from calibri_lightning.conditions import Conditions, base_name
 from calibri_lightning.diversity import SAMPLES, diversities
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation import (
@@ -37,7 +45,6 @@ from calibri_lightning.sampling.noise import TEST_STEP
 from calibri_lightning.strategies.base import Candidate
 
 if TYPE_CHECKING:
-    from calibri_lightning.conditions import Conditions
     from calibri_lightning.module import CalibriModule
 
 
@@ -102,6 +109,7 @@ class RunReport:
                 package_version=metadata.version("calibri-lightning"),
             ),
             adapter=self._write_weights(),
+            weights=self._weights(),
         )
         write_calibration(self.folder / CALIBRATION, file)
 
@@ -117,6 +125,17 @@ class RunReport:
         digest = write_adapter(self.folder / ADAPTER, transformer, tensors, module.backbone.name)
         loaded = None if policy.network_names else module.adapter
         return AdapterRecord(ADAPTER if loaded is None else loaded.source, digest)
+
+    def _weights(self) -> WeightsRecord | None:
+        """The weights under the answer, where they are not those of the published model."""
+        module = self.module
+        transformer, policy, start = module.backbone.transformer, module.policy, module.starts_from.transformer
+        if policy.trains == "full":
+            return WeightsRecord(base_digests(transformer, policy.tensors(module.answer.weights)), TRANSFORMER)
+        merged = module.adapter.source if module.adapter is not None and module.adapter.merged else ""
+        if start is None and not merged:
+            return None
+        return WeightsRecord(base_digests(transformer), "" if start is None else str(start), merged)
 
     def print_scores(self, scores: Mapping[str, float]) -> None:
         """Prints validation scores.
@@ -166,6 +185,8 @@ class RunReport:
         print(f"Plots: {', '.join(map(str, plots))}")
         if (self.folder / ADAPTER).is_dir():
             print(f"LoRA: {self.folder / ADAPTER}")
+        if (self.folder / TRANSFORMER).is_dir():
+            print(f"Weights: {self.folder / TRANSFORMER}")
 
     def finish_test(self, conditions: Conditions) -> None:
         """Writes summary.json and the before/after grid, and prints the table.
@@ -267,7 +288,10 @@ class RunReport:
         if self.speaks:
             module = self.module
             base = module.same(module.answer, Candidate(module.layout.start, BASE))
-            by = "by the base model" if base else "with the calibration"
+            plain = (
+                "by the base model" if base_name(module) == "base" else "with the weights of init_from, all scales 1"
+            )
+            by = plain if base else "with the calibration"
             print(f"Pictures, drawn {by}: {self.folder / 'images'}")
 
     def _folder(self, name: str = "") -> Path:

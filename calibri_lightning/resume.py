@@ -51,8 +51,10 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
         checkpoint: What `save_run` made.
 
     Raises:
-        UserError: If the checkpoint is of another model or of other parameters.
+        UserError: If the checkpoint is of a run that trains something else, of another model or of other parameters.
     """
+    # First: where other tensors are trained, the frozen ones differ, too, and "other weights" would explain nothing.
+    module.policy.require_trains(checkpoint[KEY]["policy"])
     require_same(describe(module, module.layout, module.backbone.transformer), checkpoint)
     module.budget, module.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
     module.policy.load_state_dict(checkpoint[KEY]["policy"])

@@ -20,7 +20,7 @@ Trains = Literal["none", "scales", "lora", "both", "full"]
 LIVE = "live"
 """The tensors as they are."""
 BASE = "base"
-"""The model as it was before anything was trained: no LoRA, no scales."""
+"""The model as it was before this run trained anything: no LoRA, no scales. Weights from init_from are part of it."""
 THETA = "theta"
 """What theta is called among the trained parameters."""
 
@@ -221,11 +221,7 @@ class Policy:
         """
         if self._used is not None:
             raise RuntimeError(f"The copy '{self._used}' is in use: restore a policy outside of it.")
-        if state["trains"] != self.trains:
-            raise UserError(
-                f"The checkpoint is of a run with trains: {state['trains']}, and this one has trains: {self.trains}. "
-                "Restore its config.yaml, or start a new run with --model.init_from."
-            )
+        self.require_trains(state)
         network = self._fitting(state["network"], "The checkpoint", self._network)
         copies = {
             name: self._fitting(tensors, f"The copy '{name}' of the checkpoint")
@@ -233,6 +229,21 @@ class Policy:
         }
         overwrite(_detached(self._network), network)
         self._copies = copies
+
+    def require_trains(self, state: Mapping[str, Any]) -> None:
+        """Checks that a state is of a run that trains the same.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Raises:
+            UserError: If it is not.
+        """
+        if state["trains"] != self.trains:
+            raise UserError(
+                f"The checkpoint is of a run with trains: {state['trains']}, and this one has trains: {self.trains}. "
+                "Restore its config.yaml, or start a new run with --model.init_from."
+            )
 
     def _fitting(
         self, tensors: Mapping[str, Tensor], what: str, live: Mapping[str, Tensor] | None = None

@@ -15,6 +15,7 @@ from calibri_lightning.adapters.files import AdapterRecord
 from calibri_lightning.calibration.fingerprint import ModelFingerprint
 from calibri_lightning.calibration.scales import Member, WeightMode, choose
 from calibri_lightning.calibration.sites import DEFAULT_OPTIONS, Granularity, SiteOptions
+from calibri_lightning.calibration.weights import WeightsRecord
 from calibri_lightning.errors import UserError
 
 FORMAT = "calibri_lightning.calibration"
@@ -54,6 +55,8 @@ class CalibrationFile:
     """`Layout.site_options`. The names say it too, but not where a whole block shares one scale."""
     adapter: AdapterRecord | None = None
     """The adapter that acted while these values were found, or were trained along with."""
+    weights: WeightsRecord | None = None
+    """The weights under these values, where they are not those of the published model."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ def to_json(file: CalibrationFile) -> str:
         "format_version": file.format_version,
         "model": asdict(file.model),
         **({"adapter": asdict(file.adapter)} if file.adapter is not None else {}),
+        **({"weights": asdict(file.weights)} if file.weights is not None else {}),
         "granularity": file.granularity,
         "weight_mode": file.weight_mode,
         "members": [asdict(member) for member in file.members],
@@ -144,6 +148,7 @@ def from_json(text: str) -> CalibrationFile:
         obtained_by=_obtained_by(_get(document, "obtained_by", dict)),
         site_options=_site_options(document.get("site_options", {})),
         adapter=_adapter(document["adapter"]) if "adapter" in document else None,
+        weights=_weights(document["weights"]) if "weights" in document else None,
     )
 
 
@@ -166,6 +171,19 @@ def _adapter(document: object) -> AdapterRecord:
         _get(document, "source", str, "adapter"),
         _get(document, "sha256", str, "adapter"),
         _get(document, "merged", bool, "adapter"),
+    )
+
+
+def _weights(document: object) -> WeightsRecord:
+    """Files of the published weights have none."""
+    digests = document.get("digests") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or not isinstance(digests, list) or not all(isinstance(d, str) for d in digests):
+        raise UserError(
+            f"The weights are {document!r}, and must say digests, transformer and merged. The file was edited or cut: "
+            "use the original."
+        )
+    return WeightsRecord(
+        tuple(digests), _get(document, "transformer", str, "weights"), _get(document, "merged", str, "weights")
     )
 
 

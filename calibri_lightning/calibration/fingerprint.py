@@ -37,7 +37,7 @@ A fixed list, because defaults that diffusers adds to a configuration from relea
 away; nor do sizes of pictures matter.
 """
 _SAMPLED = 32
-"""Values of each parameter that `weights_digest` looks at."""
+"""Values of each parameter that a digest looks at."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,26 @@ def weights_digest(transformer: nn.Module, with_adapter: bool = False) -> str:
     every = [(plain_name(name), p.detach()) for name, p in transformer.named_parameters() if not p.requires_grad]
     frozen = [(name, parameter) for name, parameter in every if ".lora_" not in name]
     # One transfer from the device, not one a parameter.
-    plain = [part for _, p in frozen for part in _plain_tensors(p)]
-    sampled = [t.flatten()[:: max(1, t.numel() // _SAMPLED)][:_SAMPLED].float() for t in plain]
+    sampled = [part for _, p in frozen for part in sampled_values(p)]
     content = "\n".join(name for name, _ in frozen).encode()
     # None is left where all weights are trained.
     content += torch.cat(sampled).cpu().numpy().tobytes() if sampled else b""
     if with_adapter and len(every) > len(frozen):
         content += adapter_digest(transformer).encode()
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def sampled_values(parameter: Tensor) -> list[Tensor]:
+    """Looks at a few values of a parameter, evenly spread.
+
+    Args:
+        parameter: The parameter.
+
+    Returns:
+        At most 32 values, float32, on its device; of a quantised one, as many of each part.
+    """
+    plain = _plain_tensors(parameter)
+    return [t.flatten()[:: max(1, t.numel() // _SAMPLED)][:_SAMPLED].float() for t in plain]
 
 
 def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from calibri_lightning.calibration.fold import check_fold, check_foldable, fold,
 from calibri_lightning.calibration.loaded import Loaded
 from calibri_lightning.calibration.restore import check_adapter as require_adapter
 from calibri_lightning.calibration.restore import layout_for
+from calibri_lightning.calibration.weights import check_weights
 from calibri_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ _BROUGHT = "_calibri_brought_adapter"
 def load_calibration(pipe: Pipeline, path: str | Path, check_adapter: bool = True) -> Pipeline:
     """Calibrates a stock pipeline, with hooks; the weights stay as they are.
 
-    The folder of a run that trained an adapter, too, brings both: calibration.json and adapter/.
+    The folder of a run that trained an adapter, too, brings both: calibration.json and adapter/. All weights, where
+    those were trained (transformer/), are to be loaded first: `adapters.load_transformer`.
 
     A single calibration works with any guidance. A guided one (members: cfg) brings its own guidance in its
     weights: call the pipeline with any guidance that is on and the pictures are the same. An ensemble runs each image
@@ -41,15 +43,15 @@ def load_calibration(pipe: Pipeline, path: str | Path, check_adapter: bool = Tru
     Args:
         pipe: A text-to-image or text-to-video pipeline. Load before any `torch.compile`.
         path: A `calibration.json`, or the folder of a run.
-        check_adapter: Refuse a calibration that was found on an adapter which the pipeline lacks. False if the adapter
-            is merged into its weights.
+        check_adapter: Refuse a calibration that was found on an adapter, or on trained weights, which the pipeline
+            lacks. False if its weights hold them in a form that the check does not know.
 
     Returns:
         The same pipeline.
 
     Raises:
         UserError: If the pipeline has no single transformer, cannot run the members or is calibrated already (with
-            hooks or fused), the file is bad or of another model, or its adapter is missing.
+            hooks or fused), the file is bad or of another model, or its adapter or weights are missing.
     """
     if getattr(pipe, "transformer", None) is None or getattr(pipe, "transformer_2", None) is not None:
         raise UserError(
@@ -69,9 +71,10 @@ def load_calibration(pipe: Pipeline, path: str | Path, check_adapter: bool = Tru
     file = read_calibration(path / CALIBRATION if path.is_dir() else path)
     brought = _bring_adapter(pipe, path)
     try:
-        if check_adapter:
-            require_adapter(file, pipe.transformer)
         layout = layout_for(file, pipe.transformer)
+        if check_adapter:
+            check_weights(file.weights, pipe.transformer, path if path.is_dir() else path.parent)
+            require_adapter(file, pipe.transformer)
         setattr(pipe, _LOADED, Loaded(pipe, convention_of(pipe), layout, file))
     except BaseException:
         if brought:

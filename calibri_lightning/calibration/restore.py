@@ -43,7 +43,7 @@ def check_model(file: CalibrationFile, transformer: nn.Module) -> None:
 def check_adapter(file: CalibrationFile, transformer: nn.Module) -> None:
     """Checks that a transformer has the adapter that a calibration was found on; scales alone are half of the answer.
 
-    A merged adapter cannot be seen, so it counts as absent.
+    A merged adapter cannot be seen, so it counts as absent, unless the file tells weights apart (`check_weights`).
 
     Args:
         file: The calibration.
@@ -52,7 +52,7 @@ def check_adapter(file: CalibrationFile, transformer: nn.Module) -> None:
     Raises:
         UserError: If it has not.
     """
-    if file.adapter is None:
+    if file.adapter is None or (file.adapter.merged and file.weights is not None):
         return
     loaded = lora_layers(transformer)
     if loaded and adapter_digest(transformer) == file.adapter.sha256:
