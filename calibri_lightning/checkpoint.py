@@ -108,7 +108,7 @@ def check_exists(path: Any) -> None:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Writes checkpoints/last.ckpt after every generation, and again after a validation: neither is repeated."""
+    """Writes checkpoints/last.ckpt after every training step, and again after a validation: neither is repeated."""
 
     def __init__(self) -> None:
         super().__init__(filename="last", every_n_train_steps=1, save_top_k=1, enable_version_counter=False)
@@ -169,7 +169,7 @@ class ResumeHint(Callback):
 
         Args:
             trainer: The trainer.
-            pl_module: Unused.
+            pl_module: The module; its strategy says what a step is called.
             exception: What ended the run.
         """
         if isinstance(exception, KeyboardInterrupt):
@@ -180,7 +180,8 @@ class ResumeHint(Callback):
         if trainer.state.fn != "fit" or not trainer.is_global_zero or checkpoint is None:
             return
         if checkpoint.path.is_file():
-            self.text = f"To go on from the last finished generation, add --ckpt_path {checkpoint.path}"
+            step = pl_module.strategy.words.step
+            self.text = f"To go on from the last finished {step}, add --ckpt_path {checkpoint.path}"
 
     def print(self) -> None:
         """Prints it, if there is something to go on from."""

@@ -175,8 +175,8 @@ class RunReport:
         if best is not None and best.origin == "start":
             print("Nothing better than the start was found. More steps may help, or more prompts a step.")
         elif best is not None:
-            step = module.strategy.words.step
-            print(f"Chosen on the validation prompts: the {best.origin} after {best.generation} {step}s.")
+            steps = f"{best.generation} {module.strategy.words.step}{'' if best.generation == 1 else 's'}"
+            print(f"Chosen on the validation prompts: the {best.origin} after {steps}.")
         reason = getattr(module.strategy, "stop_reason", None)
         if reason:
             print(f"Stopped early: {reason}.")

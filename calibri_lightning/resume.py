@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ def save_run(module: CalibriModule, checkpoint: dict[str, Any]) -> None:
     answer = module.strategy.answer(module) if module.trainer.state.fn == "fit" else module.answer
     checkpoint["state_dict"] = keep_trainable(module, checkpoint["state_dict"])
     checkpoint[KEY] = {
-        "describes": describe(module, module.layout, module.backbone.transformer),
+        "describes": describe(module, module.layout, module.backbone.transformer, module.policy.network_names),
         "trace": module.trace.state(),
         "rows_per_forward": module.engine.rows_per_forward,
         "policy": module.policy.state_dict(),
@@ -55,7 +55,8 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
     """
     # First: where other tensors are trained, the frozen ones differ, too, and "other weights" would explain nothing.
     module.policy.require_trains(checkpoint[KEY]["policy"])
-    require_same(describe(module, module.layout, module.backbone.transformer), checkpoint)
+    here = describe(module, module.layout, module.backbone.transformer, module.policy.network_names)
+    require_same(here, checkpoint)
     module.budget, module.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
     module.policy.load_state_dict(checkpoint[KEY]["policy"])
     answer = checkpoint[KEY]["answer"]
@@ -66,13 +67,16 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
         module.engine.use_rows(recorded)
 
 
-def describe(module: nn.Module, layout: Layout, transformer: nn.Module) -> dict[str, Any]:
+def describe(
+    module: nn.Module, layout: Layout, transformer: nn.Module, network_names: Collection[str] = ()
+) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that loads it.
 
     Args:
         module: The module.
         layout: The meaning of theta.
         transformer: The model.
+        network_names: Names of its parameters that the run trains.
 
     Returns:
         Plain values.
@@ -80,7 +84,7 @@ def describe(module: nn.Module, layout: Layout, transformer: nn.Module) -> dict[
     made = fingerprint(transformer)
     return {
         "model": [made.transformer_class, made.num_parameters, made.sites_hash],
-        "weights": weights_digest(transformer, with_adapter=True),
+        "weights": weights_digest(transformer, with_adapter=True, trained=network_names),
         "parameters": list(layout.names),
         "site_options": asdict(layout.site_options),
         "trained": {name: list(p.shape) for name, p in _own_parameters(module)},

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +90,15 @@ def _shapes(transformer: nn.Module) -> list[list[int]]:
     return sorted(list(p.shape) for name, p in transformer.named_parameters() if ".lora_" not in name)
 
 
-def weights_digest(transformer: nn.Module, with_adapter: bool = False) -> str:
-    """Tells fine-tunes of one model apart, at no more than a moment's cost: a few values of each frozen parameter.
+def weights_digest(transformer: nn.Module, with_adapter: bool = False, trained: Collection[str] = ()) -> str:
+    """Tells fine-tunes of one model apart, at no more than a moment's cost: a few values of each fixed parameter.
 
     Args:
-        transformer: The transformer. Parameters that are trained do not count.
+        transformer: The transformer.
         with_adapter: Count a fixed LoRA, too: all its numbers, and how strongly it acts. By default the digest is that
             of the model under it.
+        trained: Names of parameters that do not count, since training changes them. Whether they want gradients does
+            not tell: where strategies take turns, they do so in some turns alone.
 
     Returns:
         16 hexadecimal digits of a sha256.
@@ -105,7 +107,8 @@ def weights_digest(transformer: nn.Module, with_adapter: bool = False) -> str:
         UserError: If a LoRA is to be counted and there are several.
     """
     transformer = unwrap(transformer)
-    every = [(plain_name(name), p.detach()) for name, p in transformer.named_parameters() if not p.requires_grad]
+    left_out = frozenset(trained)
+    every = [(plain_name(name), p.detach()) for name, p in transformer.named_parameters() if name not in left_out]
     frozen = [(name, parameter) for name, parameter in every if ".lora_" not in name]
     # One transfer from the device, not one a parameter.
     sampled = [part for _, p in frozen for part in sampled_values(p)]

@@ -244,7 +244,7 @@ def _closing(summary: Summary) -> list[str]:
     budget = summary.budget
     dropped = max(i.dropped for means in summary.means for i in means.values())
     cost = (
-        f"Calibration cost: {budget.images:,} images, {budget.forwards:,} forwards, "
+        f"Cost of the run: {budget.images:,} images, {budget.forwards:,} forwards, "
         f"{budget.device_seconds:,.0f} device-seconds."
     )
     return [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.checks import check_at_least, check_positive
 
 THETA = "theta"
@@ -45,6 +46,11 @@ class AdamWOptions:
         for name in ("lr", "scales_lr", "eps", "max_grad_norm"):
             check_positive(f"optimizer.{name}", getattr(self, name))
         check_at_least("optimizer.weight_decay", self.weight_decay, 0, "it shrinks weights")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(
+                f"optimizer.betas is {list(self.betas)}; it must be two numbers of at least 0 and below 1, the decays "
+                "of the first and second moments. Set optimizer.betas accordingly, for example to [0.9, 0.999]."
+            )
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
         """Makes the optimiser.

@@ -152,7 +152,7 @@ class History:
 
 
 def check_same(earlier: Settings, now: Settings) -> None:
-    """Refuses to resume a search under other settings.
+    """Refuses to resume a run under other settings.
 
     Args:
         earlier: Settings of the checkpoint.
@@ -165,7 +165,7 @@ def check_same(earlier: Settings, now: Settings) -> None:
     if keys:
         changes = "; ".join(f"{key} was {earlier.get(key)} and is {now.get(key)}" for key in keys)
         raise UserError(
-            f"The search of the checkpoint was set up otherwise: {changes}. A search resumes only unchanged. "
+            f"The run of the checkpoint was set up otherwise: {changes}. A run resumes only unchanged. "
             "Restore these settings, or start a new run from its calibration (init_from)."
         )
 

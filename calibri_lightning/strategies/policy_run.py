@@ -258,17 +258,18 @@ class PolicyRun(TurnStrategy):
             "selection": self._selection.state_dict(),
             "steps": self.steps,
             "skipped": self.skipped,
-            "wasted": self.wasted,
             "elapsed": self._budget.seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of a checkpoint; the optimiser is filled when training starts."""
+        """Takes the state of a checkpoint; the optimiser is filled when training starts.
+
+        Wasted steps are counted anew: whoever resumes wants to go on, and not to end at the next such step.
+        """
         if state_dict:
             self._loaded = state_dict
             self._selection = Selection.load(state_dict["selection"])
             self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]
-            self.wasted = state_dict["wasted"]
 
     def own_settings(self) -> dict[str, str | int]:
         """What a subclass adds to what must not change when a run is resumed."""

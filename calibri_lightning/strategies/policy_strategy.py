@@ -264,6 +264,7 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         if self.wasted >= self.settings.max_wasted:
             raise UserError(
                 f"{self.wasted} training steps in a row taught nothing, the last because {reason}. Check the reward on "
-                "a few images, lower the learning rate, or take more pictures a group (max_wasted sets how many such "
-                "steps are borne); the checkpoint of the last step that did is intact."
+                "a few images. To change what is trained with (a lower learning rate, more pictures a group), start a "
+                "new run with --model.init_from RUN: this run's folder, with its answer as of the last validation. "
+                "--ckpt_path resumes this one unchanged but for max_wasted, and counts such steps anew."
             )

@@ -66,7 +66,7 @@ def test_test_and_validate_work_from_a_calibration_and_from_a_checkpoint(
 
     validated = runs.fit("b", *CMA, "--trainer.max_steps=1")
     score = read_calibration(validated / "calibration.json").obtained_by
-    capsys.readouterr()
+    assert "after 1 generation." in capsys.readouterr().out
     assert runs("validate", "v", f"--ckpt_path={last(validated)}", *CMA) == 0
     out = capsys.readouterr().out
     assert f"start  {score.start_score:.4f}" in out

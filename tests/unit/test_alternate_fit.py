@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_one_phase_of_a_search_is_the_search_itself(with_strategy: Make, runs: T
 
 
 def test_each_phase_moves_its_own_variables_alone(with_strategy: Make, seen: Seen) -> None:
-    path = with_strategy(turns((grpo("lora"), 2), (AGAIN, 1))).fit("a", "--trainer.max_steps=5")
+    path = with_strategy(turns((grpo("lora"), 2), (AGAIN, 1))).fit("a", "--trainer.max_steps=5", "--data.val=null")
     assert seen.phases == [0, 0, 1, 0, 0]
     assert seen.trained == [True, True, False, True, True]
     assert seen.prompts == [4] * 5, "every step is offered the most that a phase takes"
@@ -172,7 +173,8 @@ def test_each_phase_moves_its_own_variables_alone(with_strategy: Make, seen: See
 
 
 def test_scales_of_gradients_and_of_a_search_hand_theta_on(with_strategy: Make, seen: Seen) -> None:
-    with_strategy(turns((grpo("scales", ema={"interval": 1}), 1), (AGAIN, 1))).fit("a", "--trainer.max_steps=4")
+    runs = with_strategy(turns((grpo("scales", ema={"interval": 1}), 1), (AGAIN, 1)))
+    runs.fit("a", "--trainer.max_steps=4", "--data.val=null")
     search = seen.module.strategy.parts[1]
     np.testing.assert_array_equal(search._history.moves[0], seen.thetas[0])
     np.testing.assert_array_equal(search._history.moves[1], seen.thetas[2])
@@ -182,14 +184,18 @@ def test_scales_of_gradients_and_of_a_search_hand_theta_on(with_strategy: Make, 
     assert ema.num_updates == 1
 
 
-@pytest.mark.parametrize(("train", "max_steps"), [("scales", 4), ("both", 3)])
+@pytest.mark.parametrize(
+    ("train", "cuts"),
+    [
+        pytest.param("scales", (3,), id="scales, in the second turn of a search"),
+        pytest.param("both", (1, 2), id="both, in the first turn of a search and after it"),
+    ],
+)
 def test_cut_off_anywhere_and_resumed_is_uninterrupted(
-    with_strategy: Make, train: str, max_steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    with_strategy: Make, train: str, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # The LoRA's numbers are no part of which model it is.
-    monkeypatch.setattr("calibri_lightning.resume.weights_digest", lambda transformer: "same")
     runs = with_strategy(turns((grpo(train, ema={"interval": 1}), 1), (AGAIN, 1)))
-    steps = f"--trainer.max_steps={max_steps}"
+    steps = f"--trainer.max_steps={max(cuts) + 1}"
     calls, after = tmp_path / "calls", []
     monkeypatch.setenv(tiny_rewards.CALLS, str(calls))
     step = Alternate.training_step
@@ -201,17 +207,27 @@ def test_cut_off_anywhere_and_resumed_is_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(Alternate, "training_step", spy)
         whole = runs.fit("whole", steps)
-    for done, call in list(enumerate(after))[1:]:
+    for done in cuts:
         calls.unlink()
         with monkeypatch.context() as patch:
             # The last pictures of the next step: its turn has begun, and some of its work is in the ledger.
-            patch.setenv(tiny_rewards.INTERRUPT_AT, str(call))
+            patch.setenv(tiny_rewards.INTERRUPT_AT, str(after[done]))
             assert runs("fit", f"cut{done}", steps) == 130
         cut = runs.latest(f"cut{done}")
         assert checkpoint(cut)["global_step"] == done
         resumed = runs.fit(f"on{done}", steps, f"--ckpt_path={last(cut)}")
         assert_same(trained_state(resumed), trained_state(whole))
         assert (resumed / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
+
+
+def test_a_checkpoint_of_a_search_turn_is_that_of_the_same_model(with_strategy: Make) -> None:
+    """Its LoRA wants no gradients there, and is trained nevertheless."""
+    runs = with_strategy(turns((grpo("lora"), 1), (AGAIN, 1)))
+    path = runs.fit("a", "--trainer.max_steps=2", "--data.val=null")
+    small = ("--model.num_diversity_prompts=0", "--model.num_grid_prompts=1")
+    assert runs("test", "t", f"--ckpt_path={last(path)}", *small) == 0
+    conditions = json.loads((runs.latest("t") / "summary.json").read_text())["conditions"]
+    assert any(condition["role"] == "calibrated" for condition in conditions)
 
 
 def test_the_best_of_a_search_keeps_the_network_it_was_validated_with(
@@ -228,7 +244,7 @@ def test_the_best_of_a_search_keeps_the_network_it_was_validated_with(
         validated(self, module, found)
 
     monkeypatch.setattr(Alternate, "on_validated", favour_the_search)
-    path = with_strategy(turns((grpo("lora"), 1), (AGAIN, 1), (grpo("lora"), 3))).fit("a", "--trainer.max_steps=4")
+    path = with_strategy(turns((grpo("lora"), 1), (AGAIN, 1), (grpo("lora"), 3))).fit("a", "--trainer.max_steps=3")
     answer = seen.module.answer
     assert (answer.score, answer.origin, answer.generation, answer.weights) == (2.0, "mean", 2, "phase1.best")
     best = next(score for score in scores if score[0] == 2.0)

@@ -208,4 +208,4 @@ def test_full_disk_loses_no_checkpoint(
 def test_resume_under_another_judge(runs: TinyRuns, calibrated: Path, capsys: Capture, changed: str) -> None:
     # Scores of the two halves of such a run could not be compared.
     flags = (f"--ckpt_path={last(calibrated)}", "--trainer.max_steps=3", changed)
-    assert "set up otherwise" in refused(runs, capsys, *flags, worked=True)
+    assert "The run of the checkpoint was set up otherwise" in refused(runs, capsys, *flags, worked=True)

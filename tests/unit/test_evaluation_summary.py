@@ -98,13 +98,13 @@ def test_what_the_scales_add_to_the_learned_weights_is_told_apart():
     assert [c.base for c in summary.compared("equal NFE")] == ["base @ 8 steps"], "the weights alone are no base"
     text = render_table(summary)
     assert "against guidance alone @ 8 steps   " in text
-    assert "Calibration cost" in text
+    assert "Cost of the run" in text
     assert "beats guidance alone @ 8 steps at equal cost" in " ".join(text.split())
 
 
 def test_a_test_of_another_runs_calibration_claims_no_cost():
     summary = summarise(conditions(), "shapes", Budget(0, 0, 0.0), "runs/a/calibration.json")
-    assert "Calibration cost" not in render_table(summary)
+    assert "Cost of the run" not in render_table(summary)
 
 
 def test_samples_of_one_prompt_are_clustered():

@@ -128,10 +128,11 @@ def test_a_constant_reward_ends_the_run_with_a_checkpoint_to_go_on_from(runs: Ti
     assert "no group of pictures has rewards that are finite and differ" in error
     path = runs.latest("a")
     assert checkpoint(path)["global_step"] == 2
-    more = (f"--ckpt_path={last(path)}", "--model.strategy.max_wasted=5")
-    assert runs("fit", "a", *flags, *more) == 2
-    assert "5 training steps in a row" in capsys.readouterr().err, "the two before the checkpoint are remembered"
-    assert checkpoint(runs.latest("a"))["global_step"] == 4
+    assert "start a new run with --model.init_from RUN" in error
+    assert f"To go on from the last finished step, add --ckpt_path {last(path)}" in error
+    assert runs("fit", "a", *flags, f"--ckpt_path={last(path)}", "--model.strategy.max_wasted=2") == 2
+    assert "2 training steps in a row" in capsys.readouterr().err
+    assert checkpoint(runs.latest("a"))["global_step"] == 3, "the two before the checkpoint are forgotten"
 
 
 class SpoilGradient(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,8 +112,18 @@ def test_two_ranks_step_along_the_sum_of_their_gradients(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "change", [{"lr": 0.0}, {"scales_lr": -1.0}, {"weight_decay": -0.1}, {"max_grad_norm": math.nan}]
+    "change",
+    [
+        {"lr": 0.0},
+        {"scales_lr": -1.0},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": math.nan},
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.999)},
+        {"betas": (math.nan, 0.999)},
+        {"betas": (0.9,)},
+    ],
 )
-def test_settings_out_of_range_are_refused(change: dict[str, float]) -> None:
+def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(change))):
         AdamWOptions(**change).check()

@@ -203,11 +203,15 @@ def test_sites_and_fingerprints_are_those_of_the_model_under_a_lora_on_every_lay
     assert not any("base_layer" in site.name for site in sites)
     assert fingerprint(model) == made
     assert weights_digest(model) == digest
-    assert weights_digest(model, with_adapter=True) == digest, "a LoRA that is trained does not count"
-    model.requires_grad_(False)
-    assert weights_digest(model) == digest
     fixed = weights_digest(model, with_adapter=True)
     assert fixed != digest
+    for wants in (True, False):
+        for parameter in lora_parameters(model).values():
+            parameter.requires_grad_(wants)
+        assert weights_digest(model) == digest
+        assert weights_digest(model, with_adapter=True) == fixed, "whether it wants gradients does not matter"
+        trained = weights_digest(model, with_adapter=True, trained=tuple(lora_parameters(model)))
+        assert trained == digest, "a LoRA that is trained does not count"
     disturb(model)
     assert weights_digest(model, with_adapter=True) != fixed
     with torch.no_grad():
@@ -216,7 +220,15 @@ def test_sites_and_fingerprints_are_those_of_the_model_under_a_lora_on_every_lay
 
 
 def test_a_model_of_which_all_is_trained_has_a_digest() -> None:
-    assert weights_digest(tiny_sd3().requires_grad_(True)) != weights_digest(tiny_sd3())
+    model = tiny_sd3()
+    names = [name for name, _ in model.named_parameters()]
+    fixed, trained = weights_digest(model), weights_digest(model, trained=names)
+    assert trained != fixed
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert weights_digest(model) != fixed
+    assert weights_digest(model, trained=names) == trained
 
 
 def test_a_list_of_layers_under_a_lora_is_no_unknown_block() -> None:
