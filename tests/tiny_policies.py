@@ -34,7 +34,9 @@ def policy_module(folder: Path, strategy: Strategy, members: str = "single", **o
         members: "single" or "cfg".
         **options: Further arguments of the module, or others than these.
     """
-    defaults = {"rewards": {REDNESS: 1.0}, "num_steps": 2, "rows_per_forward": 6, "lora": LoraOptions(rank=2)}
+    defaults: dict[str, Any] = {"rewards": {REDNESS: 1.0}, "num_steps": 2, "rows_per_forward": 6}
+    if strategy.trains in ("lora", "both"):
+        defaults["lora"] = LoraOptions(rank=2)
     backbone = SD3(str(folder / "model"))
     return CalibriModule(backbone, strategy=strategy, calibration=MEMBERS[members], **(defaults | options))
 
