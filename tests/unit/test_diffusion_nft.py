@@ -268,7 +268,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: str
 ) -> None:
     """Weights, optimiser, average, old policy and best copy, bit for bit."""
-    flags = (*FIT, f"--model.strategy.train={trains}", "--model.lora.rank=2")
+    lora = ("--model.lora.rank=2",) if trains == "lora" else ()
+    flags = (*FIT, f"--model.strategy.train={trains}", *lora)
     resumed, whole = killed_and_resumed(runs, tmp_path, monkeypatch, *flags)
     found, expected = (state_of(checkpoint(path), "DiffusionNFT") for path in (resumed, whole))
     assert set(expected["policy"]["copies"]) >= {OLD, START}

@@ -169,7 +169,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     """Weights, optimiser, average, best copy and window, bit for bit."""
     window = '--model.strategy.window={"class_path": "RandomWindow", "init_args": {"size": 1, "first": 0, "last": 3}}'
-    flags = (*GRPO, f"--model.strategy.train={trains}", "--model.lora.rank=2", "--model.strategy.num_steps=4", window)
+    lora = ("--model.lora.rank=2",) if trains == "lora" else ()
+    flags = (*GRPO, f"--model.strategy.train={trains}", *lora, "--model.strategy.num_steps=4", window)
     resumed, whole = killed_and_resumed(runs, tmp_path, monkeypatch, *flags)
     found, expected = (state_of(checkpoint(path), "FlowGRPO") for path in (resumed, whole))
     for name, value in expected.items():
