@@ -364,6 +364,9 @@ class CalibriModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trainable keys alone, and the run's state."""
+        # Before the first validation nothing was delivered, and yet there is something to test.
+        if self.trainer.state.fn == "fit":
+            self.answer = self.strategy.answer(self)
         save_run(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

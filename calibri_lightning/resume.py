@@ -30,15 +30,13 @@ def save_run(module: CalibriModule, checkpoint: dict[str, Any]) -> None:
         module: The module.
         checkpoint: What Lightning has collected; changed in place.
     """
-    # Before the first validation nothing was delivered, and yet there is something to test.
-    answer = module.strategy.answer(module) if module.trainer.state.fn == "fit" else module.answer
     checkpoint["state_dict"] = keep_trainable(module, checkpoint["state_dict"])
     checkpoint[KEY] = {
         "describes": describe(module, module.layout, module.backbone.transformer, module.policy.network_names),
         "trace": module.trace.state(),
         "rows_per_forward": module.engine.rows_per_forward,
         "policy": module.policy.state_dict(),
-        "answer": {"theta": torch.from_numpy(answer.theta.copy()), "weights": answer.weights},
+        "answer": {"theta": torch.from_numpy(module.answer.theta.copy()), "weights": module.answer.weights},
         "budget": [module.budget.images, module.budget.forwards, module.budget.device_seconds],
     }
 
