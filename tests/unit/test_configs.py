@@ -226,9 +226,28 @@ def test_the_recipes_are_the_published_ones(name: str) -> None:
 
 def test_all_recipes_are_compared() -> None:
     assert {label(file) for file in TRAINED} - set(RECIPES) == {
+        "shapes/diffusion_nft.yaml",
         "shapes/flow_grpo_lora.yaml",
         "shapes/flow_grpo_scales.yaml",
+        NFT,
     }
+
+
+NFT = "sd35_medium/diffusion_nft.yaml"
+
+
+def test_the_recipe_of_diffusion_nft_is_the_published_one() -> None:
+    model = parsed(ROOT / "configs" / NFT)["model"]
+    given, lora = model["strategy"]["init_args"], model["lora"]
+    assert (given["num_groups"], given["group_size"], given["num_steps"], model["num_steps"]) == (48, 24, 10, 40)
+    assert (given["loss"]["beta"], given["loss"]["kl_weight"], given["optimizer"]["lr"]) == (1.0, 1e-4, 3e-4)
+    assert (lora["rank"], lora["alpha"], given["ema"]["interval"], model["calibration"]["members"]) == (
+        32,
+        64,
+        1,
+        "single",
+    )
+    assert forwards_per_picture(ROOT / "configs" / NFT) == 50
 
 
 PUBLISHED = {"flux1_dev/paper_block.yaml": (200, 16), "flux1_dev/paper_layer.yaml": (410, 17)}
