@@ -180,7 +180,7 @@ def small(file: Path, model: Path, *more: str) -> list[str]:
         f"--model.backbone.pretrained={model}",
         f"--model.backbone.height={side}",
         f"--model.backbone.width={side}",
-        f"--model.num_steps={3 if takes_turns(file) else 1}",
+        f"--model.num_steps={5 if takes_turns(file) else 1}",
         "--model.full_num_steps=1",
         "--model.num_grid_prompts=1",
         "--model.num_diversity_prompts=1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.noise import TEST_STEP, noise_seed
+from calibri_lightning.strategies.base import Candidate
 
 HARD = np.linspace(-0.8, 0.8, 8)
 """Some prompts leave more room than others."""
@@ -194,6 +196,7 @@ def fake_module(rank: int, others: dict[int, list[torch.Tensor]], failing: int =
         rewards=SimpleNamespace(features=features),
         noise_seeds=lambda batch: [0] * len(batch.prompts),
         engine=SimpleNamespace(evaluator=Pictures()),
+        policy=SimpleNamespace(using=lambda weights: nullcontext()),
         trainer=SimpleNamespace(
             global_rank=rank,
             world_size=2,
@@ -203,7 +206,7 @@ def fake_module(rank: int, others: dict[int, list[torch.Tensor]], failing: int =
     )
 
 
-WAYS = (Way("base", "base", np.ones(3), 2),)
+WAYS = (Way("base", "base", Candidate(np.ones(3)), 2),)
 
 
 def test_ranks_draw_a_share_each_and_know_all() -> None:
