@@ -81,7 +81,10 @@ class Conditions:
         theta = np.concatenate([base.theta[:num_scales], answer.theta[num_scales:]])
         if not (np.array_equal(theta, base.theta) or np.array_equal(theta, answer.theta)):
             kind = "guidance" if module.layout.weight_mode == "guidance" else "weights"
-            ways.append(Way(f"{kind} alone @ {few} steps", "weights", Candidate(theta, BASE), few))
+            # With the answer's network: what the answer is more than this is due to the scales.
+            has_network = not module.policy.same(answer.weights, BASE)
+            name = f"answer without scales @ {few} steps" if has_network else f"{kind} alone @ {few} steps"
+            ways.append(Way(name, "weights", Candidate(theta, answer.weights), few))
         if not module.same(answer, base):
             ways.append(Way(f"{module.strategy.words.done} @ {few} steps", "calibrated", answer, few))
         return cls(tuple(ways))

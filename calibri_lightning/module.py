@@ -36,7 +36,7 @@ from calibri_lightning.strategies.base import Candidate, Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
 from calibri_lightning.strategies.selection import START
 from calibri_lightning.trace import Trace
-from calibri_lightning.validation import Validation, validate
+from calibri_lightning.validation import Validation, validate, validation_metrics
 
 PARTS = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """The prompts that a stage needs, and fit those of the test that may follow."""
@@ -301,8 +301,8 @@ class CalibriModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Hands the scores to the strategy, which keeps the best validated vector."""
         scores = self._validation.close(self)
-        for name, score in scores.items():
-            self.log(f"val/{name}", score, batch_size=1)
+        for name, score in validation_metrics(self, scores).items():
+            self.log(name, score, batch_size=1)
         if self.trainer.state.fn == "fit":
             self._deliver()
         else:

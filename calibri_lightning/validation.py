@@ -74,6 +74,21 @@ class Validation:
         return scores
 
 
+def validation_metrics(module: CalibriModule, scores: Mapping[str, float]) -> dict[str, float]:
+    """Names what a validation logs.
+
+    Args:
+        module: The module.
+        scores: Score by candidate.
+
+    Returns:
+        The scores, and `val/best`, that of the best candidate so far: one curve that all strategies share.
+    """
+    best = module.strategy.best
+    metrics = {f"val/{name}": score for name, score in scores.items()}
+    return metrics | ({"val/best": best.score} if best is not None and scores else {})
+
+
 def validate(module: CalibriModule) -> None:
     """Validates outside of the trainer's loop; does nothing where the strategy has nothing new.
 
@@ -87,7 +102,7 @@ def validate(module: CalibriModule) -> None:
     scores = validation.close(module)
     for logger in module.trainer.loggers if scores else ():
         # `module.log` works in the trainer's own loop alone.
-        logger.log_metrics({f"val/{name}": score for name, score in scores.items()}, module.trainer.global_step)
+        logger.log_metrics(validation_metrics(module, scores), module.trainer.global_step)
 
 
 def validation_scores(rewards: Mapping[str, Floats]) -> dict[str, float]:

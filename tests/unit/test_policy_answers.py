@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from run_files import checkpoint, last
+from run_files import checkpoint, column, last
 from tiny_policies import policy_module, train
 from tiny_runs import TinyRuns
 from torch import Tensor
 
 from calibri_lightning import FlowGRPO
 from calibri_lightning.adapters.policy import LIVE
+from calibri_lightning.conditions import Conditions
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.windows import AllSteps
 from calibri_lightning.strategies import flow_grpo
+from calibri_lightning.strategies.base import Candidate
 from calibri_lightning.strategies.ema import EmaOptions
 from calibri_lightning.strategies.grpo_loss import GRPOOptions
 from calibri_lightning.strategies.policy_run import EMA
@@ -126,3 +129,23 @@ def test_the_cost_that_is_announced_is_that_of_a_picture(
     # Two members, 4 steps, and of 3 of them the forward with its backward and the reference's.
     assert "2 prompts x 3 pictures a step, 26 forwards a picture, 3 pictures a unit" in capsys.readouterr().out
     assert float(trainer.callback_metrics["budget/forwards"]) == 26 * 6
+
+
+def test_what_the_scales_do_is_told_apart_from_what_the_network_does(tiny_folder: Path) -> None:
+    """Were the learned guidance tested on the base, the LoRA's part would be counted as the scales'."""
+    module = policy_module(tiny_folder, grpo(), "cfg")
+    base = module.layout.start
+    moved = np.where([name.endswith("guidance") or name.startswith("member0") for name in module.layout.names], 0.1, 0)
+    module.answer = Candidate(base + moved, LIVE)
+    [alone] = [way for way in Conditions.of(module).ways if way.role == "weights"]
+    assert alone.name.startswith("answer without scales @")
+    assert alone.candidate.weights == LIVE
+    assert (alone.candidate.theta != base).sum() == 1, "the guidance alone"
+
+
+def test_all_strategies_log_the_score_of_their_best_candidate(runs: TinyRuns) -> None:
+    for strategy in ("PairES", "FlowGRPO"):
+        flags = ("--model.strategy.train=scales", "--model.num_steps=3") if strategy == "FlowGRPO" else ()
+        run = runs.fit(strategy, f"--model.strategy={strategy}", *flags)
+        best = checkpoint(run)["callbacks"][strategy]["selection"]["score"]
+        assert column(run, "val/best")[-1] == pytest.approx(best)
