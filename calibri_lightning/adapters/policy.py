@@ -14,8 +14,8 @@ from calibri_lightning.adapters.swap import overwrite, swapped
 from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 
-Trains = Literal["none", "scales", "lora", "both", "full"]
-"""What gradients change: nothing, theta, a LoRA, theta and a LoRA, or all weights of the transformer."""
+Trains = Literal["scales", "lora", "both", "full"]
+"""What a run changes: theta, a LoRA, theta and a LoRA, or all weights of the transformer."""
 
 LIVE = "live"
 """The tensors as they are."""
@@ -263,7 +263,7 @@ class Policy:
 def _network(transformer: nn.Module, trains: Trains) -> dict[str, nn.Parameter]:
     """The transformer's parameters that are trained."""
     lora = lora_parameters(transformer)
-    if trains in ("none", "scales"):
+    if trains == "scales":
         return {}
     if trains in ("lora", "both"):
         if not lora:

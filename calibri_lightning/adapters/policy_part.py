@@ -28,7 +28,7 @@ class PolicyPart:
         self.whole, self.trains, self.theta, self.transformer = whole, trains, whole.theta, whole.transformer
         self._prefix, self._shared = prefix, frozenset(shared)
         self._own = frozenset(
-            ((THETA,) if self.trains_theta else ()) + (() if trains in ("none", "scales") else whole.network_names)
+            ((THETA,) if self.trains_theta else ()) + (() if trains == "scales" else whole.network_names)
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The published recipes whose training steps are measured, and what a picture of each costs on paper."""
+"""The published recipes whose training steps are measured."""
 
 from __future__ import annotations
 
@@ -47,21 +47,6 @@ class Recipe:
     """Which steps are replayed with gradients."""
     has_reference: bool
     """Whether a reference runs in these steps, for the KL term."""
-
-    def on_paper(self, num_steps: int) -> int:
-        """Counts the forwards of a picture.
-
-        A step takes one for each member. A step of the window is taken again with gradients, whose backward counts as
-        another forward, and once more by the reference.
-
-        Args:
-            num_steps: Sampling steps.
-
-        Returns:
-            Forwards of one row. With T steps, W of them in the window: T + 2W, with guidance and a reference 2(T + 3W).
-        """
-        num_trained = len(self.window.steps(0, 0, num_steps))
-        return (2 if self.guided else 1) * (num_steps + (2 + self.has_reference) * num_trained)
 
     def strategy(self, variant: Variant, num_steps: int, num_groups: int, group_size: int) -> FlowGRPO:
         """Makes the strategy.

@@ -102,7 +102,7 @@ class Trainee:
         self.theta = nn.Parameter(torch.from_numpy(self.layout.start.copy()))
         start = torch.from_numpy(self.layout.start.copy())
         self.policy = Policy(self.theta, backbone.transformer, strategy.trains, start)
-        self.seed, self.num_steps, self.run_dir = 0, strategy.num_steps or 1, Path()
+        self.seed, self.num_steps, self.run_dir = 0, strategy.settings.num_steps or 1, Path()
         self.judged_by: Mapping[str, str | int] = {}
         self.validates = False
         # One process, which no stop rule of a trainer ends.

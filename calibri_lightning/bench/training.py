@@ -102,7 +102,7 @@ def _result(pair: tuple[Recipe, Variant], trainee: Trainee, timing: Timing, memo
         images_per_second=per_step / timing.median,
         forwards_per_image=trainee.passed_rows / num_images,
         spent_per_image=trainee.spent_forwards / num_images,
-        on_paper=recipe.on_paper(trainee.num_steps),
+        on_paper=trainee.strategy.forwards_per_picture(trainee.module),
         ratio_deviation=max(trainee.logged["train/ratio_deviation_max"]),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +19,8 @@ from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.errors import UserError
 from calibri_lightning.planning.live import FusedAttention, LiveBytes
 from calibri_lightning.sampling.denoiser import Denoiser
+from calibri_lightning.strategies.alternate import Alternate
+from calibri_lightning.strategies.phases import union
 from calibri_lightning.strategies.policy_run import PolicyRun
 
 if TYPE_CHECKING:
@@ -81,8 +84,11 @@ def read_training(model: dict[str, Any], most_pictures: int) -> TrainingNeeds | 
         most_pictures: Pictures that `rows_per_forward` allows in a forward.
 
     Returns:
-        What it needs; None for a search without gradients.
+        What it needs, of phases in turn the most; None for a search without gradients.
     """
+    if issubclass(_class(model["strategy"]), Alternate):
+        phases = [model | {"strategy": phase["strategy"]} for phase in model["strategy"]["init_args"]["phases"] or ()]
+        return _most([needs for phase in phases if (needs := read_training(phase, most_pictures)) is not None])
     given = dict(model["strategy"].get("init_args") or {})
     if not issubclass(_class(model["strategy"]), PolicyRun):
         return None
@@ -96,6 +102,22 @@ def read_training(model: dict[str, Any], most_pictures: int) -> TrainingNeeds | 
         # A strategy without a window keeps finished pictures alone.
         kept_latents=2 * _window_steps(given["window"], steps) if "window" in given else 1,
         on_device=not given["offload"],
+    )
+
+
+def _most(phases: Sequence[TrainingNeeds]) -> TrainingNeeds | None:
+    """What phases in turn need at most; None where none of them has gradients."""
+    if not phases:
+        return None
+    return TrainingNeeds(
+        # Phases that train different things share one policy, which `union` refuses where there is none.
+        trains=union([phase.trains for phase in phases]) or "full",
+        pictures=max(phase.pictures for phase in phases),
+        checkpoints=all(phase.checkpoints for phase in phases),
+        has_ema=any(phase.has_ema for phase in phases),
+        kept_images=max(phase.kept_images for phase in phases),
+        kept_latents=max(phase.kept_latents for phase in phases),
+        on_device=any(phase.on_device for phase in phases),
     )
 
 

@@ -8,14 +8,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from calibri_lightning.adapters.policy import LIVE
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import PromptBatch
-from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Strategy, Words
+from calibri_lightning.strategies.base import (
+    BestVector,
+    CalibratedModule,
+    Candidate,
+    Strategy,
+    Words,
+    outside_of_a_fit,
+)
 from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.history import check_same
 from calibri_lightning.strategies.phases import (
@@ -170,10 +176,7 @@ class Alternate(Strategy):
     def validation_candidates(self, module: CalibratedModule) -> Mapping[str, Candidate]:
         """The start once, as the run began; then what the phase whose turn it is has to offer."""
         if module.trainer.state.fn != TrainerFn.FITTING:
-            # Outside of a fit the answer of the checkpoint is what counts, wherever it came from.
-            start, found = module.start, module.answer
-            same = np.array_equal(start.theta, found.theta) and start.weights == found.weights
-            return {START: start} | ({} if same else {"best": found})
+            return outside_of_a_fit(module)
         self._prepare(module)
         part, view = self._current()
         if part.selection.start_score is None:

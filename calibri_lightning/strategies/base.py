@@ -165,6 +165,19 @@ class BestVector(Candidate):
     """Training steps done when it was validated."""
 
 
+def outside_of_a_fit(module: CalibratedModule) -> Mapping[str, Candidate]:
+    """What is worth a score where nothing is trained: the answer of a checkpoint, wherever it came from.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The start, and the answer where it is another one.
+    """
+    answer = {} if module.same(module.answer, module.start) else {"best": module.answer}
+    return {"start": module.start} | answer
+
+
 class Strategy(Callback, ABC):
     """How parameters are improved.
 

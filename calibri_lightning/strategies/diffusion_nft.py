@@ -16,7 +16,6 @@ from calibri_lightning.sampling.noise import forward_noise_seed
 from calibri_lightning.sampling.rollout import integrate
 from calibri_lightning.strategies.advantages import AdvantageOptions
 from calibri_lightning.strategies.budget import StopRules
-from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.ema import EmaOptions, blend_into
 from calibri_lightning.strategies.gradient_step import AdamWOptions
 from calibri_lightning.strategies.nft_loss import (
@@ -30,7 +29,7 @@ from calibri_lightning.strategies.nft_loss import (
 from calibri_lightning.strategies.noise_levels import NoiseLevels, Timesteps
 from calibri_lightning.strategies.policy_run import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicySettings, Reference
 from calibri_lightning.strategies.policy_strategy import PolicyStrategy, UnitWork
-from calibri_lightning.strategies.rollouts import Drawn
+from calibri_lightning.strategies.rollouts import Drawn, cleaned
 from calibri_lightning.strategies.unit_denoiser import live_rows, rows_of, unit_denoiser
 
 if TYPE_CHECKING:
@@ -112,9 +111,12 @@ class DiffusionNFT(PolicyStrategy[Tensor]):
                 train,
                 num_groups,
                 group_size,
+                num_steps,
+                reference,
                 updates,
                 pictures_per_unit,
                 gradient_checkpointing,
+                offload,
                 advantage,
                 optimizer,
                 ema,
@@ -122,57 +124,51 @@ class DiffusionNFT(PolicyStrategy[Tensor]):
                 stop,
             )
         )
-        check_at_least("num_steps", num_steps, 1, "it is a number of sampling steps")
         self.levels = NoiseLevels(timesteps, num_timesteps, noisiest)
-        self.num_steps, self.loss, self.old_decay = num_steps, loss, old_decay
-        self.reference, self.offload = reference, offload
+        self.loss, self.old_decay = loss, old_decay
 
     def own_settings(self) -> dict[str, str | int]:
         """The sampler, the noise levels and the loss."""
         return {
-            "training steps": str(self.num_steps),
             "noise levels": str(self.levels),
             "loss": str(self.loss),
             "old policy": str(self.old_decay),
-            "reference": self.reference,
         }
 
     def check_run(self, module: CalibratedModule) -> None:
         """Checks that the schedule has as many noise levels as are trained on."""
         super().check_run(module)
-        self.levels.check(self._steps(module))
+        self.levels.check(self.sampling_steps(module))
 
     def keep_copies(self, module: CalibratedModule) -> None:
         """Lets the policy of the start be the old one."""
         super().keep_copies(module)
         module.policy.keep(OLD)
 
-    def _steps(self, module: CalibratedModule) -> int:
-        return self.num_steps or module.num_steps
-
     def forwards_per_picture(self, module: CalibratedModule) -> int:
         """The sampler's steps, and for each noise level the old policy, forward, backward and reference."""
-        steps = self._steps(module)
+        steps = self.sampling_steps(module)
         each = 4 if self.loss.kl_weight else 3
         return len(module.layout.members) * (steps + self.levels.count(steps) * each)
 
     def draw(self, module: CalibratedModule, slots: Slots, unit: range) -> Drawn[Tensor]:
         """Samples a unit with the old policy, along the ODE, and keeps the finished latents alone."""
-        denoiser = self._frozen(module, unit_denoiser(module, slots, unit, self._steps(module)), OLD)
+        denoiser = self._frozen(module, unit_denoiser(module, slots, unit, self.sampling_steps(module)), OLD)
         noise = module.engine.backbone.noise([slots.seeds[slot] for slot in unit])
         with module.policy.using(OLD):
             samples = integrate(denoiser, noise)
-        # A picture that went wrong is masked by its reward, but 0 times the gradient of NaN would still be NaN.
-        finite = samples.latents.nan_to_num(0.0, 0.0, 0.0)
-        return Drawn(finite.cpu() if self.offload else finite, samples.latents, samples.num_forwards)
+        finite = cleaned(samples.latents)
+        return Drawn(finite.cpu() if self.settings.offload else finite, samples.latents, samples.num_forwards)
 
     def backward(self, module: CalibratedModule, work: UnitWork[Tensor], record: StepRecord) -> None:
         """Trains on a unit at each of its noise levels, with a backward pass of its own for each."""
-        denoiser = unit_denoiser(module, work.slots, work.unit, self._steps(module))
+        denoiser = unit_denoiser(module, work.slots, work.unit, self.sampling_steps(module))
         noised = self._noised(denoiser, work)
         # Before any graph of the policy exists: other weights are swapped in.
         old = self._velocities(module, denoiser, OLD, noised)
-        references = self._velocities(module, denoiser, self.reference, noised) if self.loss.kl_weight else None
+        references = (
+            self._velocities(module, denoiser, self.settings.reference, noised) if self.loss.kl_weight else None
+        )
         num_forwards = denoiser.num_rows * (4 if references else 3)
         for number, pictures in enumerate(noised):
             policy = denoiser.with_rows(live_rows(module, len(denoiser)))

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.kernels import CPS, FlowSDE, Kernel
@@ -14,13 +13,12 @@ from calibri_lightning.sampling.trajectory import Replay, Trajectory, replay, ro
 from calibri_lightning.sampling.windows import AllSteps, Window
 from calibri_lightning.strategies.advantages import AdvantageOptions
 from calibri_lightning.strategies.budget import StopRules
-from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.ema import EmaOptions
 from calibri_lightning.strategies.gradient_step import AdamWOptions
 from calibri_lightning.strategies.grpo_loss import GRPOOptions, LossStats, StepNoise, StepPrediction, grpo_loss
 from calibri_lightning.strategies.policy_run import ADAMW, ADVANTAGE, EMA_OPTIONS, PolicySettings, Reference
 from calibri_lightning.strategies.policy_strategy import PolicyStrategy, UnitWork
-from calibri_lightning.strategies.rollouts import Drawn
+from calibri_lightning.strategies.rollouts import Drawn, cleaned
 from calibri_lightning.strategies.unit_denoiser import live_rows, rows_of, unit_denoiser
 
 if TYPE_CHECKING:
@@ -96,9 +94,12 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
                 train,
                 num_groups,
                 group_size,
+                num_steps,
+                reference,
                 updates,
                 pictures_per_unit,
                 gradient_checkpointing,
+                offload,
                 advantage,
                 optimizer,
                 ema,
@@ -106,7 +107,6 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
                 stop,
             )
         )
-        check_at_least("num_steps", num_steps, 1, "it is a number of sampling steps")
         if loss.guard != "off" and isinstance(kernel, CPS):
             raise UserError(
                 f"loss.guard is {loss.guard} and the kernel CPS, whose log-probability is not that of a Gaussian, so "
@@ -119,36 +119,30 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
             )
         self.kernel: Kernel = kernel or FlowSDE()
         self.window: Window = window or AllSteps()
-        self.num_steps, self.loss = num_steps, loss
-        self.reference, self.offload, self.ratio_tolerance = reference, offload, ratio_tolerance
+        self.loss, self.ratio_tolerance = loss, ratio_tolerance
 
     def own_settings(self) -> dict[str, str | int]:
         """The sampler and the loss."""
         return {
             "kernel": str(self.kernel),
             "window": str(self.window),
-            "training steps": str(self.num_steps),
             "loss": str(self.loss),
-            "reference": self.reference,
         }
 
     def check_run(self, module: CalibratedModule) -> None:
         """Checks that the window lies within the steps."""
         super().check_run(module)
-        self.window.check(self._steps(module))
-
-    def _steps(self, module: CalibratedModule) -> int:
-        return self.num_steps or module.num_steps
+        self.window.check(self.sampling_steps(module))
 
     def forwards_per_picture(self, module: CalibratedModule) -> int:
         """The sampler's steps, and for each step of the window forward, backward and reference."""
-        steps = self._steps(module)
+        steps = self.sampling_steps(module)
         window = len(self.window.steps(module.seed, 0, steps))
         return len(module.layout.members) * (steps + window * (2 if self.loss.kl == "none" else 3))
 
     def draw(self, module: CalibratedModule, slots: Slots, unit: range) -> Drawn[Trajectory]:
         """Samples a unit with noise in the window's steps."""
-        denoiser = unit_denoiser(module, slots, unit, self._steps(module))
+        denoiser = unit_denoiser(module, slots, unit, self.sampling_steps(module))
         seeds = [slots.seeds[slot] for slot in unit]
         trajectory = roll_out(
             denoiser,
@@ -158,21 +152,20 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
             self.window.steps(module.seed, self.steps, denoiser.num_steps),
             seeds,
             keep_means=self.loss.guard != "off",
-            offload=self.offload,
+            offload=self.settings.offload,
         )
-        # A picture that went wrong is masked by its reward, but 0 times the gradient of NaN would still be NaN.
         finite = replace(
             trajectory,
-            x=_cleaned(trajectory.x),
-            x_next=_cleaned(trajectory.x_next),
-            means=None if trajectory.means is None else _cleaned(trajectory.means),
+            x=cleaned(trajectory.x),
+            x_next=cleaned(trajectory.x_next),
+            means=None if trajectory.means is None else cleaned(trajectory.means),
         )
         return Drawn(finite, trajectory.latents, trajectory.num_forwards)
 
     def backward(self, module: CalibratedModule, work: UnitWork[Trajectory], record: StepRecord) -> None:
         """Replays the window's steps with gradients, each with a backward pass of its own."""
         trajectory = work.kept
-        denoiser = unit_denoiser(module, work.slots, work.unit, self._steps(module))
+        denoiser = unit_denoiser(module, work.slots, work.unit, self.sampling_steps(module))
         references = self._references(module, denoiser, trajectory)
         for index in range(len(trajectory.steps)):
             policy = denoiser.with_rows(live_rows(module, len(denoiser)))
@@ -200,8 +193,8 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         """What the reference says of each step, before any graph of the policy exists."""
         if self.loss.kl == "none":
             return None
-        reference = denoiser.with_rows(rows_of(module, module.policy.theta_of(self.reference), len(denoiser)))
-        with torch.no_grad(), module.policy.using(self.reference), reference.attached():
+        reference = denoiser.with_rows(rows_of(module, module.policy.theta_of(self.settings.reference), len(denoiser)))
+        with torch.no_grad(), module.policy.using(self.settings.reference), reference.attached():
             steps = range(len(trajectory.steps))
             return [_prediction(replay(reference, trajectory, index, self.kernel)) for index in steps]
 
@@ -227,7 +220,3 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
 
 def _prediction(found: Replay) -> StepPrediction:
     return StepPrediction(found.log_prob, found.mean, found.velocity)
-
-
-def _cleaned(latents: Tensor) -> Tensor:
-    return latents.nan_to_num(0.0, 0.0, 0.0)

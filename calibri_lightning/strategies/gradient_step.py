@@ -37,7 +37,7 @@ class AdamWOptions:
     eps: float = 1e-8
     max_grad_norm: float = 1.0
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Checks the numbers.
 
         Raises:

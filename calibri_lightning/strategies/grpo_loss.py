@@ -88,10 +88,6 @@ class StepNoise:
 class LossStats(SummedStats):
     """What is worth logging of the policy loss."""
 
-    policy_sum: Tensor
-    """The clipped term alone."""
-    kl_sum: Tensor
-    """KL to the reference, without its weight."""
     ratio_sum: Tensor
     """Ratios of new to old policy."""
     ratio_max: Tensor
@@ -108,15 +104,8 @@ class LossStats(SummedStats):
     """r - 1 - log r, the estimate of the same KL that is never negative (http://joschu.net/blog/kl-approx.html)."""
 
     def as_metrics(self) -> dict[str, float]:
-        """Means, shares and maxima by name; this waits for the device.
-
-        Returns:
-            Metrics; means are NaN where no sample counts.
-        """
-        return {
-            "loss": self.mean(self.loss_sum),
-            "policy_loss": self.mean(self.policy_sum),
-            "kl": self.mean(self.kl_sum),
+        """What all losses report, ratios and clips."""
+        return super().as_metrics() | {
             "ratio_mean": self.mean(self.ratio_sum),
             "ratio_max": float(self.ratio_max),
             "ratio_deviation_max": float(self.deviation_max),

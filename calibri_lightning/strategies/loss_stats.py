@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -13,7 +12,7 @@ _BY_MAXIMUM = "_max"
 
 
 @dataclass(frozen=True)
-class SummedStats(ABC):
+class SummedStats:
     """Sums and counts of one micro-batch, each a float32 scalar that stays on its device.
 
     Of two batches, a field whose name ends in `_max` is the larger one (they are never negative), every other one the
@@ -24,14 +23,22 @@ class SummedStats(ABC):
     """Samples that count: those of the mask."""
     loss_sum: Tensor
     """The loss, summed over them; without gradient."""
+    policy_sum: Tensor
+    """The term that rewards act on, alone."""
+    kl_sum: Tensor
+    """The distance from the reference, without its weight."""
 
-    @abstractmethod
     def as_metrics(self) -> dict[str, float]:
         """Means, shares and maxima by name; this waits for the device.
 
         Returns:
             Metrics; means are NaN where no sample counts.
         """
+        return {
+            "loss": self.mean(self.loss_sum),
+            "policy_loss": self.mean(self.policy_sum),
+            "kl": self.mean(self.kl_sum),
+        }
 
     def __add__(self, other: Self) -> Self:
         sums, maxima = self.packed()

@@ -109,10 +109,6 @@ class Velocities:
 class NFTStats(SummedStats):
     """What is worth logging of the loss."""
 
-    policy_sum: Tensor
-    """The policy term alone."""
-    kl_sum: Tensor
-    """mean((v - v_ref)^2), without its weight."""
     positive_sum: Tensor
     """Adaptively weighted errors of the positive policy."""
     negative_sum: Tensor
@@ -125,15 +121,8 @@ class NFTStats(SummedStats):
     """The largest of these."""
 
     def as_metrics(self) -> dict[str, float]:
-        """Means and maxima by name; this waits for the device.
-
-        Returns:
-            Metrics; means are NaN where no sample counts.
-        """
-        return {
-            "loss": self.mean(self.loss_sum),
-            "policy_loss": self.mean(self.policy_sum),
-            "kl": self.mean(self.kl_sum),
+        """What all losses report, errors and distances."""
+        return super().as_metrics() | {
             "positive_error": self.mean(self.positive_sum),
             "negative_error": self.mean(self.negative_sum),
             "weight_mean": self.mean(self.weight_sum),

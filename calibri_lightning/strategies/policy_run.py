@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from calibri_lightning.adapters.policy import LIVE, Trains
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.advantages import AdvantageOptions
-from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Words
+from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate, Words, outside_of_a_fit
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
 from calibri_lightning.strategies.checks import check_at_least
 from calibri_lightning.strategies.ema import Ema, EmaOptions
@@ -49,12 +49,18 @@ class PolicySettings:
     """Prompts P of a training step."""
     group_size: int
     """Pictures G of a prompt."""
+    num_steps: int | None
+    """Sampling steps in training; None for those of the module."""
+    reference: Reference
+    """What a KL term holds the policy to."""
     updates: int
     """Optimiser steps a training step; each takes its share of the pictures."""
     pictures_per_unit: int | None
     """Pictures that are made, and trained on, in one batch; None for one group, or what a forward may have if less."""
     gradient_checkpointing: bool
     """Whether activations are computed again in the backward."""
+    offload: bool
+    """Whether latents are kept on the CPU until they are trained on."""
     advantage: AdvantageOptions
     """How rewards become advantages."""
     optimizer: AdamWOptions
@@ -76,8 +82,8 @@ class PolicySettings:
         check_at_least("updates", self.updates, 1, "it is a number of optimiser steps")
         check_at_least("max_wasted", self.max_wasted, 1, "it is a number of training steps")
         check_at_least("group_size", self.group_size, 2, "advantages compare the pictures of one prompt")
+        check_at_least("num_steps", self.num_steps, 1, "it is a number of sampling steps")
         check_at_least("pictures_per_unit", self.pictures_per_unit, 1, "it is a number of pictures")
-        self.optimizer.check()
 
     @property
     def images_per_step(self) -> int:
@@ -90,6 +96,8 @@ class PolicySettings:
             "train": self.train,
             "num_groups": self.num_groups,
             "group_size": self.group_size,
+            "training steps": str(self.num_steps),
+            "reference": self.reference,
             "updates": self.updates,
             "pictures_per_unit": str(self.pictures_per_unit),
             "advantage": str(self.advantage),
@@ -219,9 +227,7 @@ class PolicyRun(TurnStrategy):
     def validation_candidates(self, module: CalibratedModule) -> Mapping[str, Candidate]:
         """The start once; after new steps the policy as it is, and its average."""
         if module.trainer.state.fn != TrainerFn.FITTING:
-            # Outside of a fit the answer of the checkpoint is what counts, wherever it came from.
-            best = {} if module.same(module.answer, module.start) else {"best": module.answer}
-            return {START: module.start} | best
+            return outside_of_a_fit(module)
         self._prepare(module)
         wanted = {} if self._selection.start_score is not None else {START: self._candidate(module, START)}
         if self.steps and self.steps != self._selection.validated_generation:

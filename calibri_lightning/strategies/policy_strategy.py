@@ -19,7 +19,7 @@ from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.advantages import Advantages, advantages
 from calibri_lightning.strategies.base import CalibratedModule
 from calibri_lightning.strategies.groups import Slots, parts
-from calibri_lightning.strategies.policy_run import PolicyRun, PolicySettings
+from calibri_lightning.strategies.policy_run import PolicyRun
 from calibri_lightning.strategies.rollouts import Drawn, Rollout, roll_out_units
 from calibri_lightning.strategies.rounds import GenerationReport
 from calibri_lightning.strategies.step_record import StepRecord
@@ -57,16 +57,10 @@ class PolicyStrategy(PolicyRun, Generic[T]):
 
     A training step makes P x G pictures with the policy, scores them, and takes some optimiser steps on what it kept. A
     subclass says how a unit of pictures is made and what its loss is.
-
-    Args:
-        settings: What all such strategies are told.
     """
 
     stats: ClassVar[type[SummedStats]]
     """Statistics of the loss."""
-
-    def __init__(self, settings: PolicySettings) -> None:
-        super().__init__(settings)
 
     def _reset(self) -> None:
         super()._reset()
@@ -105,6 +99,17 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         Returns:
             Forwards of one row; 2 for one with its backward.
         """
+
+    def sampling_steps(self, module: CalibratedModule) -> int:
+        """Sampling steps in training.
+
+        Args:
+            module: The module that is trained.
+
+        Returns:
+            The strategy's own, or those of the module.
+        """
+        return self.settings.num_steps or module.num_steps
 
     def describe_step(self, module: CalibratedModule) -> str:
         """Says what a training step takes."""

@@ -120,6 +120,20 @@ def roll_out_units(
     return Rollout(units, kept, grid.values[0, 0], each, diversity, grid.num_images, grid.num_forwards)
 
 
+def cleaned(latents: Tensor) -> Tensor:
+    """Takes what is not finite out of latents that are trained on.
+
+    A picture that went wrong is masked by its reward, but 0 times the gradient of NaN would still be NaN.
+
+    Args:
+        latents: Of any shape.
+
+    Returns:
+        The same, with 0 in place of NaN and infinity; finite ones keep their bits.
+    """
+    return latents.nan_to_num(0.0, 0.0, 0.0)
+
+
 def _spread(images: Tensor, groups: Sequence[int]) -> Floats:
     """Distance between the pictures of each group, for each picture; NaN where a group has one picture here."""
     values = np.full(len(groups), np.nan)

@@ -126,4 +126,4 @@ def test_two_ranks_step_along_the_sum_of_their_gradients(tmp_path: Path) -> None
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(change))):
-        AdamWOptions(**change).check()
+        AdamWOptions(**change)

@@ -282,6 +282,21 @@ def test_the_command_counts_training(runs: TinyRuns, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
+def test_turns_are_planned_for_what_they_need_at_most(runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    """A search in turn with a policy trains the scales beside its LoRA, and takes no more memory for gradients."""
+    policy = {"class_path": "FlowGRPO", "init_args": {"train": "both", "pictures_per_unit": 4}}
+    search = {"class_path": "CMAES", "init_args": {"popsize": 4, "bucket_size": 2}}
+    phases = [{"strategy": strategy, "steps": 1} for strategy in (search, policy)]
+    plans = []
+    for strategy in (policy, {"class_path": "Alternate", "init_args": {"phases": phases}}):
+        words = ["plan", "--config", str(runs.config), f"--model.strategy={json.dumps(strategy)}"]
+        assert main([*words, "--model.num_steps=4", "--model.lora.rank=4", "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["training"])
+    assert plans[0] == plans[1]
+    assert plans[0]["parameters"] > 0
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -16,8 +16,8 @@ from calibri_lightning.adapters import LoraOptions, Policy, Trains, add_lora
 from calibri_lightning.adapters.lora import lora_parameters
 from calibri_lightning.errors import UserError
 
-EVERY: tuple[Trains, ...] = ("none", "scales", "lora", "both", "full")
-LORA: tuple[Trains, ...] = ("none", "scales", "lora", "both")
+EVERY: tuple[Trains, ...] = ("scales", "lora", "both", "full")
+LORA: tuple[Trains, ...] = ("scales", "lora", "both")
 START = [1.0, 2.0, 3.0]
 
 
@@ -52,7 +52,7 @@ def test_exactly_what_is_trained_wants_gradients(trains: Trains) -> None:
     policy = made(trains)
     network = dict(policy.transformer.named_parameters())
     lora = set(lora_parameters(policy.transformer))
-    expected = {"none": set(), "scales": set(), "lora": lora, "both": lora, "full": set(network)}[trains]
+    expected = {"scales": set(), "lora": lora, "both": lora, "full": set(network)}[trains]
     assert {name for name, parameter in network.items() if parameter.requires_grad} == expected
     assert set(policy.network_names) == expected
     assert policy.theta.requires_grad, "always: DDP and checkpoints want a parameter"
@@ -241,7 +241,7 @@ def test_what_cannot_be_trained_and_names_that_are_taken_are_refused() -> None:
     quantised.hf_quantizer = object()
     with pytest.raises(UserError, match="trains is full, but the transformer is quantised"):
         Policy(nn.Parameter(torch.ones(1)), quantised, "full", torch.ones(1))
-    with pytest.raises(UserError, match="trains is 'all'. It is one of none, scales, lora, both, full"):
+    with pytest.raises(UserError, match="trains is 'all'. It is one of scales, lora, both, full"):
         Policy(nn.Parameter(torch.ones(1)), quantised, "all", torch.ones(1))
     policy = made("both")
     for name in ("live", "base"):
