@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +27,21 @@ class RewardError(UserError):
     """A reward raised; the message names it and the cause."""
 
 
+@dataclass(frozen=True)
+class ModelInfo:
+    """What gives the scores, so that two places can tell whether theirs mean the same.
+
+    Attributes:
+        model: A Hub id, a folder's name, or an import path.
+        revision: Commit of the weights, or version of the code.
+        preprocessing: What is done to a picture first; a change of it changes this name.
+    """
+
+    model: str
+    revision: str
+    preprocessing: str = "none"
+
+
 class Reward(ABC):
     """Scores pictures."""
 
@@ -33,6 +51,10 @@ class Reward(ABC):
     """Names of further metrics that come for free with the score; reported, never optimised."""
     takes_frames: bool = False
     """Whether it scores videos [B, F, 3, H, W]; others are given the middle frame of each."""
+    pixels: Literal["uint8", "float32"] = "float32"
+    """uint8 if it rounds pictures to 8 bits first: sending them to it as 8 bits then loses nothing."""
+    concurrency: int = 1
+    """Calls that it can answer at the same time, each from a thread of its own."""
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -62,6 +84,14 @@ class Reward(ABC):
         Args:
             device: Where pictures will be.
         """
+
+    def describe(self) -> ModelInfo:
+        """Says what gives the scores; may load the model.
+
+        Returns:
+            The class and the version of this package, unless the reward knows better.
+        """
+        return ModelInfo(f"{type(self).__module__}:{type(self).__qualname__}", version("calibri-lightning"))
 
     def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """Scores pictures, with the extra metrics; override it together with `extra_names`.

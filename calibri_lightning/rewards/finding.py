@@ -11,14 +11,14 @@ from typing import Any
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.rewards.base import FunctionReward, Reward
-from calibri_lightning.rewards.jpeg import JpegCompressibility, JpegIncompressibility
-from calibri_lightning.rewards.pickscore import PickScore
-from calibri_lightning.rewards.shapes import ShapesReward
 
-BUILT_IN: Mapping[str, type[Reward]] = {
-    reward.name: reward for reward in (ShapesReward, PickScore, JpegCompressibility, JpegIncompressibility)
+BUILT_IN: Mapping[str, str] = {
+    "shapes": "calibri_lightning.rewards.shapes:ShapesReward",
+    "pickscore": "calibri_lightning.rewards.pickscore:PickScore",
+    "jpeg_compressibility": "calibri_lightning.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "calibri_lightning.rewards.jpeg:JpegIncompressibility",
 }
-"""Rewards that go by a short name."""
+"""Rewards that go by a short name, and their import paths."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
 
 
 def _look_up(name: str, options: Mapping[str, Any]) -> Any:
-    found = BUILT_IN[name] if name in BUILT_IN else _import(name)
+    found = _import(BUILT_IN.get(name, name))
     if isinstance(found, type):
         _check_options(name, found, options)
     elif options:

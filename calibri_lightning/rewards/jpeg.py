@@ -38,6 +38,7 @@ class JpegIncompressibility(Reward):
     """The more kilobytes, the better: rewards detail and noise."""
 
     name = "jpeg_incompressibility"
+    pixels = "uint8"
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores pictures.
@@ -56,6 +57,7 @@ class JpegCompressibility(Reward):
     """The fewer kilobytes, the better: rewards smooth pictures."""
 
     name = "jpeg_compressibility"
+    pixels = "uint8"
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores pictures.

@@ -58,6 +58,7 @@ class PickScore(Reward):
     """
 
     name = "pickscore"
+    pixels = "uint8"
 
     def __init__(
         self,
