@@ -143,7 +143,7 @@ class CalibriCLI(LightningCLI):
             if config["data"][part] is not None:
                 check_source(config["data"][part])
         for name, reward in config["model"]["rewards"].items():
-            check_reward(name, getattr(reward, "options", None))
+            check_reward(getattr(reward, "reward", None) or name, getattr(reward, "options", None))
         if config.get("ckpt_path"):
             check_exists(config["ckpt_path"])
         root = config["trainer"]["default_root_dir"] or "."

@@ -104,29 +104,33 @@ class Conditions:
         seeds = module.noise_seeds(batch)
         for way, rewards in zip(self.ways, self._rewards, strict=True):
             thetas, weights = way.candidate.theta[None], way.candidate.weights
-            answer = module.evaluate(thetas, batch.prompts, seeds, num_steps=way.num_steps, weights=weights)
+            answer = module.evaluate(
+                thetas, batch.prompts, seeds, num_steps=way.num_steps, weights=weights, held_out=True
+            )
             for name, values in answer.per_reward.items():
                 rewards.setdefault(name, []).append(values[0])
             # The sum is a row of its own, unless it is the one reward there is.
             if module.reward_name not in answer.per_reward:
                 rewards.setdefault(module.reward_name, []).append(answer.rewards[0])
 
-    def results(self, num_members: int) -> list[Condition]:
+    def results(self, module: CalibriModule) -> list[Condition]:
         """The conditions with all their rewards.
 
+        Normalised rewards are added in units of the first condition, the base: its mean counts 0, its standard
+        deviation over the test prompts 1.
+
         Args:
-            num_members: Forwards of a sampling step.
+            module: The module.
 
         Returns:
             One `Condition` each.
         """
+        every = [{name: np.concatenate(parts) for name, parts in rewards.items()} for rewards in self._rewards]
+        if not module.blend.is_plain and len(module.blend.names) > 1:
+            reference = module.blend.scale_of(every[0])
+            every = [rewards | {module.reward_name: module.blend.judge(rewards, reference)} for rewards in every]
+        num_members = len(module.layout.members)
         return [
-            Condition(
-                way.name,
-                way.role,
-                way.num_steps,
-                way.num_steps * num_members,
-                {name: np.concatenate(parts) for name, parts in rewards.items()},
-            )
-            for way, rewards in zip(self.ways, self._rewards, strict=True)
+            Condition(way.name, way.role, way.num_steps, way.num_steps * num_members, rewards)
+            for way, rewards in zip(self.ways, every, strict=True)
         ]

@@ -29,6 +29,8 @@ from calibri_lightning.prompts import Prompt, PromptBatch, fingerprint
 from calibri_lightning.report import RunReport
 from calibri_lightning.resume import restore_run, save_run
 from calibri_lightning.rewards import RewardConfig, RewardSet
+from calibri_lightning.rewards.blend import Blend, Normalise
+from calibri_lightning.rewards.watch import Watch
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.stacking import parse_start
@@ -49,9 +51,14 @@ class CalibriModule(LightningModule):
 
     Args:
         backbone: The model.
-        rewards: Weight of each reward, or {weight, options}; names are built in or import paths "package.module:name".
+        rewards: Weight of each reward, or {weight, options, reward, floor, cap, on_failure}; names are built in or
+            import paths "package.module:name".
         strategy: How the scales are improved.
         calibration: What is calibrated.
+        normalise: What is done to each reward before it is weighted: none, running (mean 0 and std 1 over the training
+            so far), z_score or rank (among the pictures of a prompt that compete).
+        held_out: Names, or names with {options}, of rewards that validation and test report and nothing is chosen by;
+            where they fall while the optimised ones rise, the run says so.
         num_steps: Sampling steps in training, validation and prediction.
         full_num_steps: Sampling steps of the full-cost baseline that the test compares with; 0 for none.
         rows_per_forward: Most rows (pictures x members) of one transformer forward; part of the result's last bits.
@@ -79,6 +86,8 @@ class CalibriModule(LightningModule):
         rewards: dict[str, float | RewardConfig],
         strategy: Strategy,
         calibration: CalibrationConfig = DEFAULT_CALIBRATION,
+        normalise: Normalise = "none",
+        held_out: dict[str, RewardConfig | None] | list[str] | None = None,
         num_steps: int = 15,
         full_num_steps: int = 28,
         rows_per_forward: int | Literal["auto"] = "auto",
@@ -102,7 +111,9 @@ class CalibriModule(LightningModule):
         self.automatic_optimization = False
         # A checkpoint holds what is trained; `require_same` makes up for the check that this turns off.
         self.strict_loading = False
-        self.backbone, self.strategy, self.rewards = backbone, strategy, RewardSet(rewards)
+        self.backbone, self.strategy, self.rewards = backbone, strategy, RewardSet(rewards, held_out or ())
+        self.blend = Blend(self.rewards.optimised, normalise)
+        self.watch = Watch()
         self.num_steps, self.full_num_steps, self.seed = num_steps, full_num_steps, seed
         self.num_grid_prompts = num_grid_prompts
         self.num_diversity_prompts = num_diversity_prompts
@@ -160,6 +171,7 @@ class CalibriModule(LightningModule):
         validation = self._prompts("val")
         return {
             "rewards": self.rewards.recipe,
+            **({} if self.blend.is_plain else {"normalise": self.blend.normalise}),
             "num_steps": self.num_steps,
             "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
             "weight_mode": self.layout.weight_mode,
@@ -238,6 +250,7 @@ class CalibriModule(LightningModule):
         done: Callable[[UnitResult], None] | None = None,
         known: Floats | None = None,
         weights: str = LIVE,
+        held_out: bool = False,
     ) -> Evaluation:
         """Scores candidates on prompts, shared among all ranks; arguments as for `Evaluator.evaluate`.
 
@@ -247,7 +260,7 @@ class CalibriModule(LightningModule):
         ranks = (trainer.global_rank, trainer.world_size)
         with self.policy.using(weights):
             answer = self.engine.evaluator.evaluate(
-                thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self.gather, done, known
+                thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self.gather, done, known, held_out
             )
         self.spend(answer.num_images, answer.num_forwards, time.monotonic() - started)
         return answer
@@ -301,7 +314,7 @@ class CalibriModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Hands the scores to the strategy, which keeps the best validated vector."""
         scores = self._validation.close(self)
-        for name, score in validation_metrics(self, scores).items():
+        for name, score in validation_metrics(self, scores, self._validation.means).items():
             self.log(name, score, batch_size=1)
         if self.trainer.state.fn == "fit":
             self._deliver()

@@ -200,10 +200,11 @@ class RunReport:
         if not self.speaks:
             return
         calibration = self._tested() if conditions.has_calibrated else "none: the scales are those of the base model"
-        results = conditions.results(len(module.layout.members))
+        results = conditions.results(module)
         if diversity:
             results = [replace(result, diversity=own) for result, own in zip(results, diversity, strict=True)]
-        summary = summarise(results, module.reward_name, module.budget, calibration)
+        watched = [name for entry in module.rewards.watched for name in entry.names]
+        summary = summarise(results, module.reward_name, module.budget, calibration, watched=watched)
         self._folder()
         write_summary(self.folder / "summary.json", summary)
         print(render_table(summary))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from calibri_lightning.calibration import Layout, SiteOptions, fingerprint, weights_digest
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.summary import Budget
+from calibri_lightning.rewards.watch import Watch
 from calibri_lightning.strategies.base import Candidate
 from calibri_lightning.trace import Trace
 
@@ -34,6 +35,8 @@ def save_run(module: CalibriModule, checkpoint: dict[str, Any]) -> None:
     checkpoint[KEY] = {
         "describes": describe(module, module.layout, module.backbone.transformer, module.policy.network_names),
         "trace": module.trace.state(),
+        "blend": module.blend.state(),
+        "watch": module.watch.state(),
         "rows_per_forward": module.engine.rows_per_forward,
         "policy": module.policy.state_dict(),
         "answer": {"theta": torch.from_numpy(module.answer.theta.copy()), "weights": module.answer.weights},
@@ -56,6 +59,8 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
     here = describe(module, module.layout, module.backbone.transformer, module.policy.network_names)
     require_same(here, checkpoint)
     module.budget, module.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
+    module.blend.load_state(checkpoint[KEY]["blend"])
+    module.watch = Watch(**checkpoint[KEY]["watch"])
     module.policy.load_state_dict(checkpoint[KEY]["policy"])
     answer = checkpoint[KEY]["answer"]
     module.answer = Candidate(answer["theta"].numpy().astype(np.float64), answer["weights"])

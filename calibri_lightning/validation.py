@@ -10,6 +10,7 @@ import numpy as np
 
 from calibri_lightning.arrays import Floats
 from calibri_lightning.strategies.base import Candidate
+from calibri_lightning.strategies.selection import START
 
 if TYPE_CHECKING:
     from calibri_lightning.module import CalibriModule
@@ -29,6 +30,9 @@ class Validation:
     def __init__(self, candidates: Mapping[str, Candidate]) -> None:
         self._candidates = dict(candidates)
         self._rewards: dict[str, list[Floats]] = {name: [] for name in candidates}
+        self._each: dict[str, dict[str, list[Floats]]] = {name: {} for name in candidates}
+        self.means: dict[str, dict[str, float]] = {}
+        """Mean of every single reward by candidate, once closed."""
 
     @classmethod
     def of(cls, module: CalibriModule) -> Validation:
@@ -53,9 +57,11 @@ class Validation:
         for weights in dict.fromkeys(candidate.weights for candidate in self._candidates.values()):
             names = [name for name, candidate in self._candidates.items() if candidate.weights == weights]
             thetas = np.stack([self._candidates[name].theta for name in names])
-            answer = module.evaluate(thetas, batch.prompts, module.noise_seeds(batch), weights=weights)
-            for name, rewards in zip(names, answer.rewards, strict=True):
-                self._rewards[name].append(rewards)
+            answer = module.evaluate(thetas, batch.prompts, module.noise_seeds(batch), weights=weights, held_out=True)
+            for row, name in enumerate(names):
+                self._rewards[name].append(answer.rewards[row])
+                for reward, values in answer.per_reward.items():
+                    self._each[name].setdefault(reward, []).append(values[row])
 
     def close(self, module: CalibriModule) -> dict[str, float]:
         """Hands the scores to the strategy and to the trace.
@@ -68,25 +74,54 @@ class Validation:
         """
         if not any(self._rewards.values()):
             return {}
-        scores = validation_scores({name: np.concatenate(parts) for name, parts in self._rewards.items()})
+        each = {
+            name: {reward: np.concatenate(parts) for reward, parts in rewards.items()}
+            for name, rewards in self._each.items()
+        }
+        totals = {name: np.concatenate(parts) for name, parts in self._rewards.items()}
+        if not module.blend.is_plain:
+            totals = self._judged(module, each)
+        self.means = {
+            name: {reward: float(np.nanmean(v)) for reward, v in rewards.items() if np.isfinite(v).any()}
+            for name, rewards in each.items()
+        }
+        scores = validation_scores(totals)
         module.strategy.on_validated(module, scores)
         module.trace.add_validation(scores)
+        watched = [name for entry in module.rewards.watched for name in entry.names]
+        module.watch.validated(totals, each, watched)
         return scores
 
+    def _judged(self, module: CalibriModule, each: Mapping[str, Mapping[str, Floats]]) -> dict[str, Floats]:
+        """One number a prompt, in units of the start's scores in the first validation of the run."""
+        first = each[START] if START in each else next(iter(each.values()))
+        reference = module.blend.reference(first)
+        return {name: module.blend.judge(rewards, reference) for name, rewards in each.items()}
 
-def validation_metrics(module: CalibriModule, scores: Mapping[str, float]) -> dict[str, float]:
+
+def validation_metrics(
+    module: CalibriModule, scores: Mapping[str, float], means: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
     """Names what a validation logs.
 
     Args:
         module: The module.
         scores: Score by candidate.
+        means: Mean of every single reward by candidate.
 
     Returns:
-        The scores, and `val/best`, that of the best candidate so far: one curve that all strategies share.
+        The scores; `val/best`, that of the best candidate so far: one curve that all strategies share; where there is
+        more than one reward, `val/CANDIDATE/REWARD`; and `val/alarms`, where anything is watched.
     """
     best = module.strategy.best
     metrics = {f"val/{name}": score for name, score in scores.items()}
-    return metrics | ({"val/best": best.score} if best is not None and scores else {})
+    if best is not None and scores:
+        metrics["val/best"] = best.score
+    if len(module.rewards.names) > 1:
+        metrics |= {f"val/{name}/{reward}": mean for name, own in means.items() for reward, mean in own.items()}
+    if scores and module.watch.is_watching:
+        metrics["val/alarms"] = float(module.watch.num_alarms)
+    return metrics
 
 
 def validate(module: CalibriModule) -> None:
@@ -102,7 +137,7 @@ def validate(module: CalibriModule) -> None:
     scores = validation.close(module)
     for logger in module.trainer.loggers if scores else ():
         # `module.log` works in the trainer's own loop alone.
-        logger.log_metrics(validation_metrics(module, scores), module.trainer.global_step)
+        logger.log_metrics(validation_metrics(module, scores, validation.means), module.trainer.global_step)
 
 
 def validation_scores(rewards: Mapping[str, Floats]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.prompts import Prompt, PromptBatch
+from calibri_lightning.rewards.blend import Blend
 from calibri_lightning.sampling.grid import Cell, Evaluation, UnitResult, cut_units
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.strategies import CMAES, EvolutionStrategy, PairES
@@ -72,6 +73,7 @@ class FakeModule(LightningModule):
         self.scales = torch.nn.Parameter(torch.ones(N))
         self.judged_by = {"num_steps": 4}
         self.validates = True
+        self.blend = Blend(())
         self.strategy, self.run_dir, self.noise = strategy, run_dir, noise
         self.kill_after, self.break_cells, self.score = kill_after, break_cells, score or self.truth
         self.seed, self.num_steps = 7, 8

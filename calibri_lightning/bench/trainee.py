@@ -18,6 +18,8 @@ from calibri_lightning.bench.models import twin
 from calibri_lightning.calibration import attach, build_layout, find_sites
 from calibri_lightning.engine import Engine
 from calibri_lightning.prompts import Prompt, PromptBatch
+from calibri_lightning.rewards.blend import Blend
+from calibri_lightning.rewards.watch import Watch
 from calibri_lightning.strategies.groups import Slots
 from calibri_lightning.strategies.unit_denoiser import live_rows, unit_denoiser
 
@@ -92,6 +94,7 @@ class Trainee:
         prompts: Sequence[Prompt],
     ) -> None:
         self.strategy, self.rewards, self.prompts = strategy, rewards, tuple(prompts)
+        self.blend, self.watch = Blend(rewards.optimised), Watch()
         backbone = twin(plain)
         if strategy.trains == "lora":
             add_lora(backbone.transformer, LoraOptions(), 0)

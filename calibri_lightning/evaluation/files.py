@@ -55,6 +55,7 @@ def to_json(summary: Summary) -> str:
         "format_version": FORMAT_VERSION,
         "verdict": verdict(summary),
         "reward": summary.reward,
+        "watched": list(summary.watched),
         "level": summary.level,
         "calibration": summary.calibration,
         "budget": {
@@ -109,7 +110,8 @@ def from_json(text: str) -> Summary:
             for c in document["conditions"]
         ]
         budget, clusters, level = Budget(**document["budget"]), document["clusters"], document["level"]
-        return summarise(conditions, document["reward"], budget, document["calibration"], clusters, level)
+        watched = document.get("watched", ())  # absent from the files of older versions
+        return summarise(conditions, document["reward"], budget, document["calibration"], clusters, level, watched)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"not a summary.json ({error!r}); give the file that `fit` or `test` wrote") from error
 

@@ -135,7 +135,7 @@ class Summary:
     """Everything that the end of a run reports; made by `summarise` or `files.from_json`.
 
     Attributes:
-        reward: The reward that was optimised; all others are held out or extra.
+        reward: The reward that was optimised, or their sum.
         conditions: All conditions, base first as given.
         comparisons: Calibrated against base, for every reward.
         budget: What the calibration cost.
@@ -145,6 +145,7 @@ class Summary:
         means: For each condition, in order, the mean of each reward with its interval.
         diversity: For each condition, in order, its diversity; empty unless all were measured.
         diversity_comparisons: Calibrated against base; empty like `diversity`.
+        watched: Rewards that played no part in what was optimised.
     """
 
     reward: str
@@ -157,6 +158,7 @@ class Summary:
     means: tuple[Mapping[str, Interval], ...]
     diversity: tuple[DiversityIntervals, ...]
     diversity_comparisons: tuple[DiversityComparison, ...]
+    watched: tuple[str, ...] = ()
 
     def compared(self, against: Against, reward: str | None = None) -> tuple[Comparison, ...]:
         """The comparisons of one kind in one reward, the optimised one unless told."""
@@ -171,6 +173,7 @@ def summarise(
     calibration: str | Path,
     clusters: Sequence[int] | None = None,
     level: float = 0.95,
+    watched: Sequence[str] = (),
 ) -> Summary:
     """Compare every calibrated condition with the base at equal and at full NFE, in every reward.
 
@@ -181,6 +184,7 @@ def summarise(
         calibration: Where `calibration.json` is.
         clusters: The prompt index of each value when several samples share a prompt.
         level: Confidence of all intervals.
+        watched: Rewards that played no part in what was optimised.
 
     Returns:
         The summary. When the base at equal NFE is also the most expensive one, it is compared once, as `equal
@@ -205,7 +209,18 @@ def summarise(
         for name in calibrated.rewards
     )
     diversity = _diversity(conditions, level)
-    return Summary(reward, tuple(conditions), comparisons, budget, str(calibration), members, level, means, *diversity)
+    return Summary(
+        reward,
+        tuple(conditions),
+        comparisons,
+        budget,
+        str(calibration),
+        members,
+        level,
+        means,
+        *diversity,
+        tuple(watched),
+    )
 
 
 def _diversity(

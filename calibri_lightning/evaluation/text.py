@@ -60,7 +60,7 @@ def _sentences(summary: Summary) -> list[str]:
     conditions = {condition.name: condition for condition in summary.conditions}
     compared = [comparison for against in AGAINST for comparison in summary.compared(against)]
     sentences = [_sentence(c, conditions[c.calibrated], conditions[c.base], summary.level) for c in compared]
-    return sentences + _diversity_sentences(summary)
+    return sentences + _diversity_sentences(summary) + _alarms(summary)
 
 
 def _sentence(comparison: Comparison, calibrated: Condition, base: Condition, level: float) -> str:
@@ -91,6 +91,29 @@ def _diversity_sentences(summary: Summary) -> list[str]:
             f"{_capital(comparison.calibrated)} {verb} {comparison.base}: Vendi score "
             f"{format_interval(vendi, signed=True, places=2)} ({vendi.count} prompts, {summary.level:.0%} interval)."
         )
+    return sentences
+
+
+def _alarms(summary: Summary) -> list[str]:
+    """Says where a reward was gained at the cost of what played no part in it: the mark of reward hacking."""
+    sentences = []
+    for gain in (c for c in summary.compared("equal NFE") if c.difference.low > 0):
+        lost = {name: c for name in summary.watched for c in summary.compared("equal NFE", name)}
+        fallen = [
+            f"{name} {format_interval(c.difference, signed=True)}"
+            for name, c in lost.items()
+            if c.calibrated == gain.calibrated and c.difference.high < 0
+        ]
+        spread = [
+            f"diversity (Vendi score) {format_interval(c.differences.vendi, signed=True, places=2)}"
+            for c in summary.diversity_comparisons
+            if (c.calibrated, c.against) == (gain.calibrated, gain.against) and c.differences.vendi.high < 0
+        ]
+        if fallen or spread:
+            sentences.append(
+                f"Reward hacking? {_capital(gain.calibrated)} gained what was optimised and lost "
+                f"{', '.join(fallen + spread)} against {gain.base}: look at the pictures."
+            )
     return sentences
 
 

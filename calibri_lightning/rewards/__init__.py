@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from calibri_lightning.rewards.base import FunctionReward, Reward, RewardError, RewardFunction
+from calibri_lightning.rewards.base import FunctionReward, ModelInfo, Reward, RewardError, RewardFunction
 from calibri_lightning.rewards.combine import Features, RewardSet, Scores
 from calibri_lightning.rewards.finding import RewardConfig
 
 __all__ = [
     "Features",
     "FunctionReward",
+    "ModelInfo",
     "Reward",
     "RewardConfig",
     "RewardError",

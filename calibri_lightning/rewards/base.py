@@ -6,6 +6,7 @@ by a value that is not finite, which travels on as NaN; never by 0, which would 
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from calibri_lightning.sampling.frames import middle_frame
 
 RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]
 """Pictures float32 [B, 3, H, W] in 0..1 and their B prompts to B numbers."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class RewardError(UserError):
@@ -150,7 +154,9 @@ class FunctionReward(Reward):
         return self._function(images, prompts)
 
 
-def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+def measure_checked(
+    reward: Reward, images: Tensor, prompts: Sequence[Prompt], on_failure: Literal["raise", "nan"] = "raise"
+) -> dict[str, Tensor]:
     """Calls a reward and checks what it returns.
 
     A reward computes in its own precision, whatever that of the run (`trainer.precision: bf16-mixed`): differences of
@@ -160,6 +166,7 @@ def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -
         reward: The reward.
         images: float32 [B, 3, H, W] in 0..1, or videos [B, F, 3, H, W].
         prompts: The prompt of each picture.
+        on_failure: nan gives NaN for all pictures where the reward raises anything but a `UserError`.
 
     Returns:
         float32 [B] on the pictures' device under the reward's name and its `extra_names`, in this order;
@@ -169,18 +176,27 @@ def measure_checked(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -
         RewardError: If the reward raises.
         UserError: If it returns something other than one number a picture.
     """
+    names = (reward.name, *reward.extra_names)
     try:
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             measured = reward.measure(images if reward.takes_frames else middle_frame(images), prompts)
     except UserError:
         raise
     except Exception as error:
+        if on_failure == "nan":
+            _log.warning(
+                "The reward %r raised %s: %s. %d pictures count as failed.",
+                reward.name,
+                type(error).__name__,
+                error,
+                len(images),
+            )
+            return {name: torch.full((len(images),), torch.nan, device=images.device) for name in names}
         raise RewardError(
-            f"The reward {reward.name!r} raised {type(error).__name__}: {error}. A reward scores any "
-            "picture in 0..1; for a "
-            "picture that it cannot score it returns NaN. Correct the reward."
+            f"The reward {reward.name!r} raised {type(error).__name__}: {error}. A reward scores any picture in 0..1; "
+            "for a picture that it cannot score it returns NaN. Correct the reward, or let a run go on without such "
+            "pictures: on_failure: nan."
         ) from error
-    names = (reward.name, *reward.extra_names)
     missing = [name for name in names if name not in measured]
     if missing:
         raise UserError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.rewards.base import FunctionReward, Reward
@@ -19,6 +20,8 @@ BUILT_IN: Mapping[str, str] = {
     "jpeg_incompressibility": "calibri_lightning.rewards.jpeg:JpegIncompressibility",
 }
 """Rewards that go by a short name, and their import paths."""
+OnFailure = Literal["raise", "nan"]
+"""What happens when a reward raises."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,53 @@ class RewardConfig:
     Attributes:
         weight: Weight in the sum; 0 reports the reward without optimising it.
         options: Arguments of the reward's class by name, for instance {dtype: bfloat16}.
+        reward: What it is, a built-in name or an import path, where it goes by another name here: `remote`, for
+            instance, or one model under two names.
+        floor: Scores below count as this in the sum, so that nothing is gained by more of what is bad enough already.
+        cap: Scores above count as this in the sum: what is good enough is not pushed further, where models are hacked.
+        on_failure: raise ends the run when the reward raises; nan goes on, and counts the pictures of that call as
+            failed. Mistakes of the configuration end the run in any case.
     """
 
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    reward: str | None = None
+    floor: float | None = None
+    cap: float | None = None
+    on_failure: OnFailure = "raise"
+
+    def check(self, name: str) -> None:
+        """Checks the numbers.
+
+        Args:
+            name: The reward's name, for the message.
+
+        Raises:
+            UserError: If one is out of range.
+        """
+        for what, value in (("weight", self.weight), ("floor", self.floor), ("cap", self.cap)):
+            if value is None and what != "weight":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(
+                    f"The {what} of the reward {name!r} is {value!r}; it must be a finite number, such as 1.0."
+                )
+        if self.floor is not None and self.cap is not None and self.floor >= self.cap:
+            raise UserError(
+                f"The reward {name!r} has the floor {self.floor:g} and the cap {self.cap:g}; the floor must be below "
+                "the cap, or all pictures would count the same."
+            )
+        if self.on_failure not in get_args(OnFailure):
+            raise UserError(f"on_failure of the reward {name!r} is {self.on_failure!r}; it is raise or nan.")
 
 
-def find_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+def find_reward(name: str, options: Mapping[str, Any] | None = None, called: str | None = None) -> Reward:
     """Finds one reward, and makes it.
 
     Args:
         name: A built-in name or an import path "package.module:name".
         options: Arguments of the reward's class; only a class takes any.
+        called: Its name in configurations and logs, where that is another one.
 
     Returns:
         The reward.
@@ -50,9 +88,11 @@ def find_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     found = _look_up(name, options or {})
     made = found(**(options or {})) if isinstance(found, type) else found
     if isinstance(made, Reward):
+        if called is not None and called != made.name and called != name:
+            made.name = called
         return made
     if callable(made):
-        return FunctionReward(name, made)
+        return FunctionReward(called or name, made)
     raise UserError(
         f"The reward {name!r} is a {type(made).__name__}; it must be a Reward or a function (images, "
         "prompts) -> scores."

@@ -3,7 +3,7 @@
 The cells of the grid are cut into units whose composition depends on the request alone. A unit is sampled,
 decoded and scored as one batch, by one rank: floating-point results change with the batch, so a fixed
 composition is what makes the rewards bit-identical however many ranks share the units
-(docs/search.md). While a unit is scored, the next one is sampled (`overlap`); units are finished in order.
+(docs/search.md). While units are scored, the next one is sampled (`overlap`); units are finished in order.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Evaluator:
             rewards: What scores the pictures.
             rows_per_forward: Most rows (pictures x members) of one forward. It fixes the units, hence the
                 last bits of the rewards; where memory runs out, units are sampled in parts.
-            overlap_scoring: Whether a unit is scored in a second thread while the next is sampled; no result depends
-                on it.
+            overlap_scoring: Whether units are scored in other threads while the next is sampled, as many at a time as
+                the rewards can serve; no result depends on it.
 
         Raises:
             UserError: If rows_per_forward is below the number of members.
@@ -85,6 +85,7 @@ class Evaluator:
         gather: Gather | None = None,
         done: Callable[[UnitResult], None] | None = None,
         known: NDArray[np.float64] | None = None,
+        held_out: bool = False,
     ) -> Evaluation:
         """Scores candidates on prompts; they share each slot's prompt and noise (common random numbers).
 
@@ -101,6 +102,7 @@ class Evaluator:
             known: Rewards of requested cells that a killed run had finished, [K, S] with NaN elsewhere. They
                 do not change the composition of the units; a unit of which all cells are known is not
                 computed again.
+            held_out: Whether the rewards that are held out are asked, too; their values are NaN otherwise.
 
         Returns:
             Rewards and costs, the same on all ranks.
@@ -116,7 +118,7 @@ class Evaluator:
         grid = Grid.empty(self.rewards.names, shape)
         failure: Exception | None = None
         try:
-            self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size], grid, done)
+            self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size], grid, done, held_out)
         except Exception as error:
             # The other ranks wait in `gather`: they are told before this one stops.
             failure = error
@@ -174,21 +176,24 @@ class Evaluator:
         mine: Sequence[int],
         grid: Grid,
         done: Callable[[UnitResult], None] | None,
+        held_out: bool,
     ) -> None:
         """Makes and scores this rank's units, in order, into the grid."""
         rows = self._rows(thetas)
 
-        def finish(index: int, images: Tensor, num_forwards: int) -> None:
-            total, each = self.score(images, [prompts[cell.slot] for cell in units[index]])
-            result = UnitResult(index, len(units), units[index], total, each)
+        def score(index: int, images: Tensor) -> UnitResult:
+            total, each = self.score(images, [prompts[cell.slot] for cell in units[index]], held_out)
+            return UnitResult(index, len(units), units[index], total, each)
+
+        def finish(num_forwards: int, result: UnitResult) -> None:
             grid.put(result, num_forwards)
             if done is not None:
                 done(result)
 
-        with Behind(self.backbone.device, self.overlap_scoring) as behind:
+        with Behind(self.backbone.device, self.num_scoring) as behind:
             for index in mine:
                 images, num_forwards = self._draw(units[index], rows, prompts, seeds, num_steps, behind.wait)
-                behind.submit(partial(finish, index, images, num_forwards))
+                behind.submit(partial(score, index, images), partial(finish, num_forwards))
                 # The scoring thread alone holds the pictures, and frees them when it is done.
                 del images
 
@@ -196,14 +201,20 @@ class Evaluator:
         rows = self.layout.rows(torch.tensor(np.asarray(thetas, dtype=np.float64)))
         return Rows(rows.scales.to(self.backbone.device), rows.weights.to(self.backbone.device))
 
+    @property
+    def num_scoring(self) -> int:
+        """Batches that are scored at the same time while the next is sampled; 0 to score in between."""
+        return self.rewards.concurrency if self.overlap_scoring else 0
+
     def score(
-        self, images: Tensor, prompts: Sequence[Prompt]
+        self, images: Tensor, prompts: Sequence[Prompt], held_out: bool = False
     ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
         """Scores pictures.
 
         Args:
             images: float32 [B, 3, H, W] in 0..1, or videos [B, F, 3, H, W].
             prompts: The prompt of each picture.
+            held_out: Whether the rewards that are held out are asked, too.
 
         Returns:
             The weighted sum, float64 [B], and every single reward and extra metric; NaN for a picture with pixels that
@@ -211,7 +222,7 @@ class Evaluator:
         """
         # A broken picture has no reward, whatever a reward function makes of NaN pixels.
         broken = ~images.flatten(1).isfinite().all(dim=1)
-        scores = self.rewards.score(images.nan_to_num(0.0), prompts)
+        scores = self.rewards.score(images.nan_to_num(0.0), prompts, held_out)
         matrix = torch.stack([scores.total, *scores.each.values()]).to(torch.float64)
         values = matrix.masked_fill(broken.to(matrix.device), float("nan")).cpu().numpy()
         return values[0], dict(zip(scores.each, values[1:], strict=True))

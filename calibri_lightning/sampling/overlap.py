@@ -1,44 +1,49 @@
-"""Work that goes on behind the sampler: one thread scores a unit's pictures while the next unit is sampled.
+"""Work that goes on behind the sampler: other threads score the pictures of units while the next unit is sampled.
 
-Nothing is reordered. One piece of work is under way at a time, the next one waits for it, and whatever it raises
-reaches the thread that handed it out. The second thread computes as the first would have done: torch keeps autocast,
-inference mode, the current device and the current stream for each thread by itself, so they are carried over.
+Nothing is reordered: pieces of work are started in order and delivered in order, so many at a time as the rewards can
+serve, and whatever one raises reaches the thread that handed it out. The other threads compute as the first would have
+done: torch keeps autocast, inference mode, the current device and the current stream for each thread by itself, so they
+are carried over.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 
 class Behind:
-    """Runs pieces of work in order, one at a time, in a second thread or at once."""
+    """Runs pieces of work in other threads, or at once, and delivers their results in order."""
 
-    def __init__(self, device: torch.device, enabled: bool = True) -> None:
+    def __init__(self, device: torch.device, at_once: int = 1) -> None:
         """Starts nothing yet.
 
         Args:
-            device: Where the tensors of the work are. On a GPU the work gets a stream of its own, so that reading its
+            device: Where the tensors of the work are. On a GPU each piece gets a stream of its own, so that reading its
                 results does not wait for what the sampler has queued meanwhile.
-            enabled: False runs each piece at once, in the calling thread.
+            at_once: Pieces that may be under way at the same time; 0 runs each in the calling thread.
         """
-        self._stream = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None
-        self._device = device
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="calibri-scoring") if enabled else None
-        self._pending: Future[None] | None = None
+        on_gpu = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(at_once)]
+        self._device, self._at_once, self._started = device, at_once, 0
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="calibri-scoring") if at_once else None
+        self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
         """Nothing to prepare."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Waits for the last piece; its exception is raised unless another one is on its way already."""
+        """Waits for the last pieces; their exception is raised unless another one is on its way already."""
         try:
             if kind is None:
                 self.wait()
@@ -47,42 +52,49 @@ class Behind:
                 # Finishes what is under way: a unit that was scored is then on record before the run ends.
                 self._pool.shutdown(wait=True)
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Waits for the piece before, then starts the next.
+    def submit(self, work: Callable[[], T], deliver: Callable[[T], None]) -> None:
+        """Waits until there is room, then starts the next piece.
 
         Args:
             work: The piece. It must have read its results from the device when it returns: only then may the memory of
                 its tensors be used again.
+            deliver: Takes its result; never called before that of the piece before, nor at the same time.
 
         Raises:
-            BaseException: What the piece before raised; the next is not started then.
+            BaseException: What an earlier piece raised; the next is not started then.
         """
         if self._pool is None:
-            work()
+            deliver(work())
             return
-        self.wait()
-        settings = _ThreadSettings.here(self._device, self._stream)
+        while len(self._pending) >= self._at_once or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+        # A stream is free again: the piece that had it last has been delivered.
+        settings = _ThreadSettings.here(self._device, self._streams[self._started % self._at_once])
+        before = self._pending[-1] if self._pending else None
+        self._started += 1
 
         def run() -> None:
             with settings.applied():
-                work()
+                result = work()
+                if before is not None:
+                    before.result()
+                deliver(result)
 
-        self._pending = self._pool.submit(run)
+        self._pending.append(self._pool.submit(run))
 
     def wait(self) -> bool:
-        """Waits for the piece under way.
+        """Waits for the pieces under way.
 
         Returns:
-            Whether there was one.
+            Whether there were any.
 
         Raises:
-            BaseException: What the piece raised.
+            BaseException: What the first of them to fail raised.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return False
-        pending.result()
-        return True
+        pending, self._pending = self._pending, deque()
+        for piece in pending:
+            piece.result()
+        return bool(pending)
 
 
 @dataclass(frozen=True)

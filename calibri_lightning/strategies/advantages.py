@@ -15,16 +15,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from calibri_lightning.arrays import Cells, Floats
+from calibri_lightning.arrays import ROUNDING, Cells, Floats
 from calibri_lightning.strategies.checks import check_at_least, check_choice, check_positive
 
 Combine = Literal["sum", "normalised_sum", "gdpo"]
 """How several rewards become one advantage."""
 Spread = Literal["group", "global", "none"]
 """Which standard deviation a centred group is divided by."""
-
-ROUNDING = 2 * float(np.finfo(np.float32).eps)
-"""Spread, relative to the size of the rewards, that float32 rounding alone can cause: rewards are float32."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from calibri_lightning.engine import Engine
     from calibri_lightning.prompts import Prompt, PromptBatch
     from calibri_lightning.rewards import RewardSet
+    from calibri_lightning.rewards.blend import Blend
+    from calibri_lightning.rewards.watch import Watch
     from calibri_lightning.sampling.grid import Evaluation, UnitResult
 
 
@@ -59,6 +61,8 @@ class CalibratedModule(Protocol):
     engine: Engine
     policy: Policy
     rewards: RewardSet
+    blend: Blend
+    watch: Watch
     theta: nn.Parameter
     answer: Candidate
 
@@ -94,6 +98,7 @@ class CalibratedModule(Protocol):
         done: Callable[[UnitResult], None] | None = None,
         known: Floats | None = None,
         weights: str = LIVE,
+        held_out: bool = False,
     ) -> Evaluation:
         """Scores candidates on prompts; called with the same request on all ranks, answers the same on all.
 
@@ -106,6 +111,7 @@ class CalibratedModule(Protocol):
             done: Called on this rank after each of its units.
             known: Rewards of requested cells that are known already, NaN elsewhere.
             weights: Which copy of the trained network weights draws the pictures.
+            held_out: Whether the rewards that are held out are asked, too.
 
         Returns:
             Rewards and costs.

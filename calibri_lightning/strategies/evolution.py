@@ -62,6 +62,7 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         self._status: Status | None = None
         self._generation: Generation | None = None
         self._rewards: Floats | None = None
+        self._parts: Floats | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._selection = Selection()
         self._budget: SearchBudget | None = None
@@ -140,11 +141,13 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         """Evaluates the candidates."""
         assert self._generation is not None, "training_step before on_train_batch_start"
         assert self._ledger is not None
-        rewards = evaluate(self._core, self._ledger, module, batch, self._generation)
+        judged = evaluate(self._core, self._ledger, module, batch, self._generation)
+        if judged.parts is not None:
+            module.blend.learn(judged.parts)
         # Without an optimizer this steps Lightning's stand-in, which is what moves global_step and with it
         # max_steps and the checkpoints; it counts only inside training_step (lightning 2.6.6, issue #20674).
         module.optimizers().step()
-        self._rewards = rewards
+        self._rewards, self._parts = judged.rewards, judged.parts
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -155,7 +158,7 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         assert rewards is not None, "on_train_batch_end before training_step"
         self._status = on_rank_zero(trainer, lambda: self._tell(generation, rewards))
         self._history = self._complete_history()
-        self._generation = self._rewards = None
+        self._generation = self._rewards = self._parts = None
         self._publish(trainer, pl_module, rewards)
 
     def take_turn(self, module: CalibratedModule, moved: bool) -> None:
@@ -282,7 +285,7 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         assert core is not None
         assert self._ledger is not None
         # First to disk, then into the core: a failed write leaves both as they were.
-        self._ledger.record_generation(generation.number, generation.task, generation.progress, rewards)
+        self._ledger.record_generation(generation.number, generation.task, generation.progress, rewards, self._parts)
         core.tell(rewards)
         self._sigmas.append(core.sigma)
         images = self.images + int((~np.isnan(rewards)).sum())

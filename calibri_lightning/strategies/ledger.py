@@ -3,7 +3,8 @@
 Two kinds of JSON lines in `<run>/ledger/`: `generations.jsonl` (rank 0: one line for each complete
 generation) and `units.rank<r>.jsonl` (one line for each finished unit of cells). Each line is on disk (fsync)
 before the search goes on. A line is only ever used again for the same task: a digest of the candidates,
-prompts, noise seeds and sampling steps.
+prompts, noise seeds and sampling steps. A cell is its candidate, its slot and its reward; where rewards are normalised
+among the pictures that compete (`model.normalise`), the single rewards follow.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ class Recall:
     """Whether the whole generation had been finished."""
     progress: float | None = None
     """Used share of the budget with which a complete generation was asked for."""
+    parts: Floats | None = None
+    """The single rewards [R, K, S] of what is recorded, where they were recorded: NaN = not, or not finite."""
 
 
 @dataclass
 class _Entry:
     cells: dict[tuple[int, int], float] = field(default_factory=dict)
+    parts: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     complete: bool = False
     progress: float | None = None
 
@@ -108,7 +112,12 @@ class Ledger:
             _cannot_write(self.folder, error)
 
     def record_unit(
-        self, generation: int, task: str, cells: Iterable[tuple[int, int]], rewards: Iterable[float]
+        self,
+        generation: int,
+        task: str,
+        cells: Iterable[tuple[int, int]],
+        rewards: Iterable[float],
+        parts: Floats | None = None,
     ) -> None:
         """Appends a finished unit.
 
@@ -117,14 +126,17 @@ class Ledger:
             task: Digest of what was evaluated.
             cells: (candidate, slot) of each picture.
             rewards: Reward of each.
+            parts: Single rewards of each [R, B], where the reward of a picture depends on those of others.
 
         Raises:
             UserError: If the line cannot be written.
         """
-        line = {"generation": generation, "task": task, "cells": _encode(cells, rewards)}
+        line = {"generation": generation, "task": task, "cells": _encode(cells, rewards, parts)}
         _append(self._units, line)
 
-    def record_generation(self, generation: int, task: str, progress: float, rewards: Floats) -> None:
+    def record_generation(
+        self, generation: int, task: str, progress: float, rewards: Floats, parts: Floats | None = None
+    ) -> None:
         """Appends a complete generation.
 
         Args:
@@ -132,6 +144,7 @@ class Ledger:
             task: Digest of what was evaluated.
             progress: Used share of the budget with which it was asked for.
             rewards: Rewards [K, S]; NaN where a cell was not wanted.
+            parts: Single rewards [R, K, S], where they are needed.
 
         Raises:
             UserError: If the line cannot be written.
@@ -139,25 +152,32 @@ class Ledger:
         where = np.argwhere(~np.isnan(rewards))
         cells = [(int(k), int(s)) for k, s in where]
         line = {"generation": generation, "task": task, "progress": progress}
-        _append(self._generations, {**line, "cells": _encode(cells, [rewards[cell] for cell in cells])})
+        own = None if parts is None else parts[:, where[:, 0], where[:, 1]]
+        _append(self._generations, {**line, "cells": _encode(cells, [rewards[cell] for cell in cells], own)})
 
-    def recall(self, generation: int, task: str, shape: tuple[int, int]) -> Recall:
+    def recall(self, generation: int, task: str, shape: tuple[int, int], num_parts: int | None = None) -> Recall:
         """What is known of a generation.
 
         Args:
             generation: Number of the generation.
             task: Digest of what is to be evaluated.
             shape: (K, S).
+            num_parts: Single rewards R of a picture, where they are needed.
 
         Returns:
             Its rewards so far, all NaN where nothing is known.
         """
         entry = self._known.get((generation, task), _Entry())
         rewards = np.full(shape, np.nan)
+        parts = None
+        if num_parts is not None:
+            parts = np.full((num_parts, *shape), np.nan)
+            for (k, s), values in entry.parts.items():
+                parts[:, k, s] = values
         for cell, reward in entry.cells.items():
             # A failed picture of an unfinished generation is simply made again.
             rewards[cell] = reward if entry.complete or np.isfinite(reward) else np.nan
-        return Recall(rewards, entry.complete, entry.progress)
+        return Recall(rewards, entry.complete, entry.progress, parts)
 
     def _mine(self) -> tuple[Path, ...]:
         return (self._generations, self._units) if self._rank == 0 else (self._units,)
@@ -167,10 +187,12 @@ class Ledger:
             for number, line in _lines(path):
                 try:
                     entry = self._known.setdefault((line["generation"], line["task"]), _Entry())
-                    cells = {(k, s): FAILED if r is None else float(r) for k, s, r in line["cells"]}
+                    cells = {(k, s): FAILED if r is None else float(r) for k, s, r, *_ in line["cells"]}
+                    parts = {(k, s): [np.nan if p is None else float(p) for p in ps] for k, s, _, *ps in line["cells"]}
                     if "progress" in line:
                         entry.complete, entry.progress, entry.cells = True, float(line["progress"]), {}
                     entry.cells.update(cells)
+                    entry.parts.update({cell: values for cell, values in parts.items() if values})
                 except (KeyError, TypeError, ValueError) as error:
                     raise _damaged(path, number) from error
 
@@ -195,9 +217,16 @@ def _damaged(path: Path, number: int) -> UserError:
     )
 
 
-def _encode(cells: Iterable[tuple[int, int]], rewards: Iterable[float]) -> list[list[int | float | None]]:
+def _encode(
+    cells: Iterable[tuple[int, int]], rewards: Iterable[float], parts: Floats | None = None
+) -> list[list[int | float | None]]:
     pairs: Sequence[tuple[tuple[int, int], float]] = list(zip(cells, rewards, strict=True))
-    return [[int(k), int(s), float(r) if np.isfinite(r) else None] for (k, s), r in pairs]
+    rows = np.empty((len(pairs), 0)) if parts is None else parts.T
+    numbers = [[r, *row] for (_, r), row in zip(pairs, rows, strict=True)]
+    return [
+        [int(k), int(s), *(float(x) if np.isfinite(x) else None for x in own)]
+        for ((k, s), _), own in zip(pairs, numbers, strict=True)
+    ]
 
 
 def _append(path: Path, line: dict[str, object]) -> None:

@@ -146,7 +146,13 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         self._publish(module, rollout, worth, record, metrics)
 
     def check_units(self, module: CalibratedModule) -> None:
-        """Checks that every optimiser step has pictures of its own."""
+        """Checks that every optimiser step has pictures of its own, and that rewards are normalised in one place."""
+        combine = self.settings.advantage.combine
+        if not module.blend.is_plain and combine != "sum":
+            raise UserError(
+                f"model.normalise is {module.blend.normalise} and strategy's advantage.combine is {combine}: rewards "
+                "would be normalised twice. Set one of them back: model.normalise: none, or combine: sum."
+            )
         size, images = self._unit_size(module), self.settings.images_per_step
         if self.settings.updates > -(-images // size):
             raise UserError(
@@ -159,10 +165,15 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         return self.settings.pictures_per_unit or min(module.engine.evaluator.cells_per_unit, self.settings.group_size)
 
     def _advantages(self, module: CalibratedModule, rollout: Rollout[T]) -> Advantages:
-        shape = (-1, self.settings.group_size)
-        weights = {reward.name: weight for reward, weight in module.rewards.weighted if weight}
-        rewards = {name: rollout.each[name].reshape(shape) for name in weights}
-        return advantages(rewards, weights, self.settings.advantage)
+        shape, blend = (-1, self.settings.group_size), module.blend
+        parts = blend.parts({name: rollout.each[name].reshape(shape) for name in blend.names})
+        if blend.is_plain:
+            weights = {entry.reward.name: float(entry.config.weight) for entry in module.rewards.optimised}
+            return advantages(dict(zip(blend.names, parts, strict=True)), weights, self.settings.advantage)
+        # Its columns are what competes, here the pictures of a group.
+        total = blend.total(parts.swapaxes(1, 2), blend.scale(parts)).T
+        blend.learn(parts)
+        return advantages({"blend": total}, {"blend": 1.0}, self.settings.advantage)
 
     def _update(
         self, module: CalibratedModule, slots: Slots, rollout: Rollout[T], worth: Advantages, record: StepRecord
@@ -239,7 +250,9 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         self.skipped += record.skipped
         names = ("reward_mean", "reward_best", "images", "failed", "dropped")
         values = {name: float(getattr(self.report, name)) for name in names}
-        for name, scores in rollout.each.items():
+        module.watch.trained(rollout.diversity)
+        watched = {name: scores for name, scores in rollout.each.items() if name not in module.rewards.held_out_names}
+        for name, scores in watched.items():
             values[f"reward/{name}"] = float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
         values |= {
             "diversity": rollout.diversity,

@@ -63,7 +63,7 @@ def roll_out_units(
 ) -> Rollout[T]:
     """Makes and scores the pictures of a step, shared among all ranks; the rewards are the same on all of them.
 
-    While a unit is scored, the next one is sampled.
+    While units are scored, the next one is sampled.
 
     Args:
         module: The module that is trained.
@@ -84,18 +84,21 @@ def roll_out_units(
     mine = range(trainer.global_rank, len(units), trainer.world_size)
     failure: Exception | None = None
 
-    def score(index: int, images: Tensor, num_forwards: int) -> None:
+    def score(index: int, images: Tensor) -> UnitResult:
         total, each = evaluator.score(images, [slots.prompts[slot] for slot in units[index]])
         cells = tuple(Cell(0, slot) for slot in units[index])
         each[_DIVERSITY] = _spread(images, [slot // slots.group_size for slot in units[index]])
-        grid.put(UnitResult(index, len(units), cells, total, each), num_forwards)
+        return UnitResult(index, len(units), cells, total, each)
+
+    def finish(num_forwards: int, result: UnitResult) -> None:
+        grid.put(result, num_forwards)
 
     try:
-        with Behind(evaluator.backbone.device, evaluator.overlap_scoring) as behind, torch.no_grad():
+        with Behind(evaluator.backbone.device, evaluator.num_scoring) as behind, torch.no_grad():
             for index in mine:
                 drawn = draw(units[index])
                 images = evaluator.backbone.decode(drawn.latents)
-                behind.submit(partial(score, index, images, drawn.num_forwards))
+                behind.submit(partial(score, index, images), partial(finish, drawn.num_forwards))
                 kept[index] = drawn.kept
                 del images, drawn
     except torch.OutOfMemoryError as error:

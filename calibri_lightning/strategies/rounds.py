@@ -13,6 +13,7 @@ import numpy as np
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import fingerprint
+from calibri_lightning.rewards.blend import Blend, Scale
 from calibri_lightning.strategies.base import CalibratedModule
 from calibri_lightning.strategies.history import digest_candidates
 from calibri_lightning.strategies.ledger import Ledger, Recall, digest
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from calibri_lightning.prompts import PromptBatch
-    from calibri_lightning.sampling.grid import UnitResult
+    from calibri_lightning.sampling.grid import Evaluation, UnitResult
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -140,11 +141,22 @@ def pose(
     seeds = module.noise_seeds(batch)
     judged_by = json.dumps(dict(module.judged_by), sort_keys=True)
     task = digest(digest_candidates(thetas), fingerprint(batch.prompts), json.dumps(seeds), judged_by)
-    recall = ledger.recall(number, task, (core.popsize, core.num_slots))
+    num_parts = None if module.blend.is_plain else len(module.blend.names)
+    recall = ledger.recall(number, task, (core.popsize, core.num_slots), num_parts)
     if recall.progress is not None:
         progress = recall.progress
         core.ask(number, progress)
     return Generation(number, thetas, tuple(seeds), task, progress, recall)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the pictures of a generation are worth."""
+
+    rewards: Floats
+    """[K, S], complete and fit to be told."""
+    parts: Floats | None
+    """Single rewards [R, K, S], where a picture's worth depends on those of others."""
 
 
 def evaluate(
@@ -153,7 +165,7 @@ def evaluate(
     module: CalibratedModule,
     batch: PromptBatch,
     generation: Generation,
-) -> Floats:
+) -> Judged:
     """Fills the matrix of a generation; a useless one is made once more (all ranks).
 
     Args:
@@ -164,18 +176,20 @@ def evaluate(
         generation: The task.
 
     Returns:
-        Rewards [K, S], complete and fit to be told.
+        What its pictures are worth.
 
     Raises:
         UserError: If the generation is useless twice.
     """
-    if generation.recall.complete:
-        return generation.recall.rewards
+    recall = generation.recall
+    if recall.complete:
+        return Judged(recall.rewards, recall.parts)
     reason: str | None = None
-    for known in (generation.recall.rewards, None):
-        rewards, reason = _run(core, ledger, module, batch, generation, known)
+    for known in (recall, None):
+        board = _Board(recall.rewards.shape, module.blend, known)
+        reason = _run(core, ledger, module, batch, generation, board)
         if reason is None:
-            return rewards
+            return Judged(board.rewards, board.parts)
         _log.warning("Generation %d: %s.", generation.number, reason)
     raise UserError(
         f"Generation {generation.number} is useless, twice: {reason}. The search needs rewards that are "
@@ -185,34 +199,89 @@ def evaluate(
     )
 
 
+class _Board:
+    """The matrix of a generation as it fills.
+
+    Args:
+        shape: (K, S).
+        blend: What makes one number of several rewards.
+        known: What a killed run had finished.
+    """
+
+    def __init__(self, shape: tuple[int, ...], blend: Blend, known: Recall | None) -> None:
+        self._blend, self._known = blend, known
+        self._totals, self._done = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+        self._scale: Scale | None = None
+        self.parts = None if blend.is_plain else np.full((len(blend.names), *shape), np.nan)
+
+    @property
+    def known(self) -> Floats | None:
+        """Rewards that are known already."""
+        return None if self._known is None else self._known.rewards
+
+    def put(self, cells: Cells, answer: Evaluation) -> Cells:
+        """Enters what was made, or known.
+
+        Args:
+            cells: Cells that were asked for.
+            answer: Their rewards.
+
+        Returns:
+            Those of them that failed.
+        """
+        self._done |= cells
+        self._totals[cells] = answer.rewards[cells]
+        if self.parts is not None:
+            fresh = self._blend.parts(answer.per_reward)
+            earlier = None if self._known is None else self._known.parts
+            if earlier is not None:
+                fresh = np.where(np.isfinite(fresh), fresh, earlier)
+            self.parts[:, cells] = fresh[:, cells]
+            if self._scale is None:
+                # The first cells of a generation, for the very first one has no other scale.
+                self._scale = self._blend.scale(self.parts)
+        return cells & ~np.isfinite(self._totals)
+
+    @property
+    def rewards(self) -> Floats:
+        """[K, S]: NaN = not made, `FAILED` = not finite."""
+        judged = self._totals if self.parts is None else self._blend.total(self.parts, self._scale)
+        return np.where(self._done, np.where(np.isfinite(judged), judged, FAILED), np.nan)
+
+
 def _run(
     core: SearchCore | None,
     ledger: Ledger,
     module: CalibratedModule,
     batch: PromptBatch,
     generation: Generation,
-    known: Floats | None,
-) -> tuple[Floats, str | None]:
-    rewards = np.full(generation.recall.rewards.shape, np.nan)
+    board: _Board,
+) -> str | None:
+    """Fills the board, round by round.
+
+    Returns:
+        Why the generation is useless; None if it is not.
+    """
 
     def decide() -> tuple[Cells, str | None]:
         assert core is not None, "only rank 0 decides"
+        rewards = board.rewards
         return core.next_cells(rewards), core.rejection(rewards)
 
     def done(unit: UnitResult) -> None:
-        ledger.record_unit(generation.number, generation.task, unit.cells, unit.rewards)
+        parts = None if module.blend.is_plain else module.blend.parts(unit.each)
+        ledger.record_unit(generation.number, generation.task, unit.cells, unit.rewards, parts)
 
     while True:
         cells, reason = on_rank_zero(module.trainer, decide)
         if reason is not None or not cells.any():
-            return rewards, reason
+            return reason
         # What fails is made once more with the same noise: a server's hiccup must not cost a candidate its
         # rank.
-        for recalled in (known, None):
+        for recalled in (board.known, None):
             answer = module.evaluate(
                 generation.thetas, batch.prompts, generation.seeds, cells=cells, done=done, known=recalled
-            ).rewards
-            rewards[cells] = np.where(np.isfinite(answer), answer, FAILED)[cells]
-            cells = cells & np.isneginf(rewards)
+            )
+            cells = board.put(cells, answer)
             if not cells.any():
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ UNITS = K * len(PROMPTS)
 
 Score = Callable[[Tensor, Sequence[Prompt]], Tensor]
 Make = Callable[..., Evaluator]
+
+
+def ignore(result: object) -> None:
+    pass
 
 
 def brightness(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -178,17 +183,18 @@ def test_an_interrupt_in_the_reward_reaches_the_main_thread(make: Make) -> None:
     assert no_thread_left()
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_autocast_and_inference_mode_hold_behind_the_sampler(overlap: bool) -> None:
+@pytest.mark.parametrize("at_once", [0, 1, 3])
+def test_autocast_and_inference_mode_hold_behind_the_sampler(at_once: int) -> None:
     seen: list[tuple[bool, torch.dtype]] = []
 
     def work() -> None:
         seen.append((torch.is_inference_mode_enabled(), (torch.ones(2, 2) @ torch.ones(2, 2)).dtype))
 
-    with Behind(torch.device("cpu"), overlap) as behind:
+    with Behind(torch.device("cpu"), at_once) as behind:
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-            behind.submit(work)
-        behind.submit(work)
+            behind.submit(work, ignore)
+        behind.wait()
+        behind.submit(work, ignore)
     assert seen == [(True, torch.bfloat16), (False, torch.float32)]
 
 
@@ -242,5 +248,82 @@ def test_work_is_done_in_order_and_one_at_a_time() -> None:
     with Behind(torch.device("cpu")) as behind:
         assert not behind.wait()
         for number in range(20):
-            behind.submit(lambda n=number: work(n))  # type: ignore[misc]
+            behind.submit(partial(work, number), ignore)
     assert log == [f"{what} {n}" for n in range(20) for what in ("begin", "end")]
+
+
+def test_several_pieces_run_at_once_and_are_delivered_in_order() -> None:
+    meeting, running, most, delivered = threading.Barrier(3, timeout=PATIENCE), [0], [0], []
+    lock = threading.Lock()
+
+    def work(number: int) -> int:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        meeting.wait()  # passes only if three are under way at the same time
+        if number % 3 == 0:
+            time.sleep(0.05)  # the first of each three is the last to be ready
+        with lock:
+            running[0] -= 1
+        return number
+
+    with Behind(torch.device("cpu"), 3) as behind:
+        for number in range(9):
+            behind.submit(partial(work, number), delivered.append)
+    assert delivered == list(range(9))
+    assert most == [3]
+
+
+def test_nothing_is_delivered_after_a_piece_that_failed() -> None:
+    delivered: list[int] = []
+
+    def work(number: int) -> int:
+        if number == 1:
+            raise ZeroDivisionError("the second")
+        return number
+
+    def hand_out() -> None:
+        with Behind(torch.device("cpu"), 2) as behind:
+            for number in range(6):
+                behind.submit(partial(work, number), delivered.append)
+
+    with pytest.raises(ZeroDivisionError, match="the second"):
+        hand_out()
+    assert delivered == [0]
+    assert no_thread_left()
+
+
+def test_scoring_several_units_at_once_changes_no_bit_and_no_order(make: Make) -> None:
+    class Parallel(FunctionReward):
+        concurrency = 3
+
+    meeting = threading.Barrier(3, timeout=PATIENCE)
+
+    def together(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        meeting.wait()
+        return brightness(images, prompts)
+
+    first, second = [], []
+    expected = evaluate(make(), first.append).rewards
+    evaluator = make()
+    evaluator.rewards = RewardSet.of((Parallel("r", together), 1.0))
+    assert evaluate(evaluator, second.append).rewards.tobytes() == expected.tobytes()
+    assert [unit.index for unit in second] == [unit.index for unit in first]
+
+
+def test_a_reward_is_never_asked_more_often_at_once_than_it_can_serve(make: Make) -> None:
+    class Parallel(FunctionReward):
+        concurrency = 3
+
+    lock = threading.Lock()
+
+    def alone(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        assert lock.acquire(blocking=False), "asked twice at once"
+        time.sleep(0.01)
+        lock.release()
+        return brightness(images, prompts)
+
+    evaluator = make()
+    evaluator.rewards = RewardSet.of((Parallel("p", brightness), 1.0), (FunctionReward("r", alone), 1.0))
+    assert evaluator.num_scoring == 3
+    np.testing.assert_allclose(evaluate(evaluator).rewards, 2 * evaluate(make()).rewards, rtol=1e-6)

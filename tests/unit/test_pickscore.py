@@ -104,7 +104,7 @@ def test_prepared_rewards_have_their_model_on_the_device_of_the_pictures(folder:
     elsewhere = RewardSet({"pickscore": RewardConfig(1.0, {"pretrained": str(folder), "device": "cpu"})})
     for made in (rewards, elsewhere):
         made.prepare(torch.device("meta"))
-    devices = [next(made.weighted[0][0]._scorer.model.parameters()).device.type for made in (rewards, elsewhere)]
+    devices = [next(made.entries[0].reward._scorer.model.parameters()).device.type for made in (rewards, elsewhere)]
     assert devices == ["meta", "cpu"]
 
 
