@@ -19,6 +19,9 @@ INTERRUPT_AT = "TINY_REWARDS_INTERRUPT_AT"
 TERMINATE_AT = "TINY_REWARDS_TERMINATE_AT"
 """Environment variable: this call sends the process SIGTERM, as schedulers do before they kill."""
 
+RAISE_AT = "TINY_REWARDS_RAISE_AT"
+"""Environment variable: this call of `raises_at` raises."""
+
 
 def redness(images: Tensor, prompts: Sequence[object]) -> Tensor:
     if CALLS in os.environ:
@@ -70,3 +73,14 @@ def raises_on_rank_one(images: Tensor, prompts: Sequence[object]) -> Tensor:
     if os.environ.get("LOCAL_RANK") == "1":
         raise RuntimeError("rank one has no server")
     return redness(images, prompts)
+
+
+def redness_uncounted(images: Tensor, prompts: Sequence[object]) -> Tensor:
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+
+
+def raises_at(images: Tensor, prompts: Sequence[object]) -> Tensor:
+    rewards = redness(images, prompts)
+    if len(Path(os.environ[CALLS]).read_text().splitlines()) == int(os.environ[RAISE_AT]):
+        raise RuntimeError("a hiccup")
+    return rewards
