@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from typing import Any
@@ -115,7 +115,7 @@ def plan_fit(config: dict[str, Any], device_bytes: int | None = None) -> tuple[M
         num_texts,
         on_cpu,
         None if on_cpu else device_bytes,
-        bool(model["overlap_scoring"]),
+        _concurrency(model["rewards"]) if model["overlap_scoring"] else 0,
         read_training(model, max(1, most)),
         None if model["lora"] is None else LoraOptions(**model["lora"]),
         parse_start(model["init_from"]).adapter is not None,
@@ -142,6 +142,18 @@ def _sketch_backbone(config: dict[str, Any]) -> Native:
     backbone.name = str(given["pretrained"])
     backbone.use_memory(MemoryOptions(**given.get("memory") or {}))
     return backbone
+
+
+def _concurrency(rewards: Mapping[str, Any]) -> int:
+    """Units that the rewards can score at the same time: as many as their servers take."""
+    most = 1
+    for given in rewards.values():
+        if isinstance(given, Mapping) and given.get("reward") == "remote":
+            options = given["options"]
+            urls = options.get("urls", ())
+            servers = 1 if isinstance(urls, str) else len(urls)
+            most = max(most, servers * int(options.get("per_server", 1)))
+    return most
 
 
 def _count_texts(config: dict[str, Any], guided: bool) -> int:

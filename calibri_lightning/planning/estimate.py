@@ -49,7 +49,8 @@ class Situation:
     """Whether the run is on a CPU, where text encoders and embeddings are in the same memory."""
     device_bytes: int | None = None
     """Memory of the device; rows_per_forward: auto is then estimated for it."""
-    overlap_scoring: bool = True
+    num_scoring: int = 1
+    """Units whose pictures are scored while the next is sampled."""
     training: TrainingNeeds | None = None
     """What is trained; None for a search without gradients."""
     lora: LoraOptions | None = None
@@ -143,7 +144,7 @@ def make_plan(backbone: Native, situation: Situation) -> MemoryPlan:
     sampling = _followed(lambda: _sampling_peak(backbone, situation.layout, pictures), "sampling", notes)
     decoding = _followed(lambda: _decoding_peak(backbone, pictures), "decoding", notes)
     height, width = backbone.image_size
-    held = _HELD_COPIES * pictures * 3 * height * width * 4 if situation.overlap_scoring else 0
+    held = situation.num_scoring * _HELD_COPIES * pictures * 3 * height * width * 4
     return MemoryPlan(
         networks=networks,
         rows_per_forward=rows,

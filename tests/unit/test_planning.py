@@ -24,6 +24,7 @@ from calibri_lightning.calibration import Layout, attach, build_layout, find_sit
 from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.errors import UserError
 from calibri_lightning.planning import Situation, make_plan, sketch_pipeline
+from calibri_lightning.planning.command import _concurrency
 from calibri_lightning.planning.estimate import network_sizes
 from calibri_lightning.planning.live import FusedAttention, LiveBytes
 from calibri_lightning.planning.training import TrainingNeeds, plan_training, sketch_policy
@@ -316,3 +317,18 @@ def test_what_cannot_be_planned_is_refused(
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+def test_pictures_of_all_units_that_are_scored_at_once_are_counted(folders: Callable[[str], Path]) -> None:
+    backbone = FLUX1.of(sketch_pipeline(FLUX1.pipelines, str(folders("flux1")), "bfloat16", None), 32, 48)
+    phases = [make_plan(backbone, Situation(make_layout(backbone), 4, 3, num_scoring=n)).phases for n in (0, 1, 3)]
+    of_a_unit = 2 * 2 * 3 * 32 * 48 * 4  # 2 pictures, as they are and without NaN
+    assert phases[1]["sampling"] - phases[0]["sampling"] == of_a_unit
+    assert phases[2]["sampling"] - phases[0]["sampling"] == 3 * of_a_unit
+
+
+def test_servers_tell_how_many_units_are_scored_at_once() -> None:
+    two = {"urls": ["http://a", "http://b"], "per_server": 3}
+    assert _concurrency({"shapes": 1.0, "pickscore": {"weight": 1.0, "reward": None, "options": {}}}) == 1
+    assert _concurrency({"h": {"reward": "remote", "options": two}, "p": 1.0}) == 6
+    assert _concurrency({"h": {"reward": "remote", "options": {"urls": "http://a"}}}) == 1
