@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calibri_lightning.backbones.loading import DType
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards.base import ModelInfo
-from calibri_lightning.rewards.clip_model import OPENAI_LARGE, ClipReward, load_complete
+from calibri_lightning.rewards.clip_model import OPENAI_LARGE, ClipReward
 from calibri_lightning.rewards.loading import check_names, commit_of, find_file, load_part, name_of, read_tensors
 
 if TYPE_CHECKING:
@@ -111,9 +111,10 @@ class Aesthetic(ClipReward):
         return ratings.squeeze(-1)
 
     def _load_model(self, place: str) -> PreTrainedModel:
-        from transformers import CLIPVisionModelWithProjection
-
-        return load_complete(CLIPVisionModelWithProjection, place, self._revision, self._dtype)
+        model = super()._load_model(place)
+        # Half of the memory; the class for half a CLIP takes the width of the embeddings from another place.
+        del model.text_model, model.text_projection
+        return model
 
     def _load_texts(self, model: PreTrainedModel) -> None:
         """It reads nothing."""

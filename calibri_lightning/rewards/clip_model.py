@@ -1,4 +1,7 @@
-"""What all rewards on a CLIP model share: loading, preprocessing, batches, devices (Radford et al., arXiv 2103.00020)."""
+"""What all rewards on a CLIP model share: loading, preprocessing, batches, devices.
+
+CLIP: Radford et al., arXiv 2103.00020.
+"""
 
 from __future__ import annotations
 
@@ -151,10 +154,7 @@ class ClipReward(Reward):
         return pixels
 
     def _preprocessing_name(self) -> str:
-        size = self._scorer.model.config.to_dict().get("vision_config", self._scorer.model.config.to_dict())[
-            "image_size"
-        ]
-        return f"pillow-shortest-side-crop-{size}"
+        return f"pillow-shortest-side-crop-{self._scorer.model.config.vision_config.image_size}"
 
     @cached_property
     def _scorer(self) -> ClipParts:
