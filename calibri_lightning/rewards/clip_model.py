@@ -165,7 +165,14 @@ class ClipReward(Reward):
     def _load_model(self, place: str) -> PreTrainedModel:
         from transformers import CLIPModel
 
-        return load_complete(CLIPModel, place, self._revision, self._dtype)
+        model, report = CLIPModel.from_pretrained(
+            place, revision=self._revision, dtype=self._dtype, use_safetensors=True, output_loading_info=True
+        )
+        wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+        if wrong:
+            raise ValueError(f"no CLIP model, or an incomplete one: {len(wrong)} tensors are absent, {wrong[0]} first")
+        made: PreTrainedModel = model.requires_grad_(False).eval()
+        return made
 
     def _load_texts(self, model: PreTrainedModel) -> TextEmbeddings | None:
         from transformers import AutoTokenizer
@@ -231,28 +238,3 @@ class PromptClipReward(ClipReward):
     def _measured(self) -> set[str]:
         """Prompts whose length has been looked at."""
         return set()
-
-
-def load_complete(cls: Any, place: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads a CLIP model of transformers, or half of one; never from pickle, only from safetensors.
-
-    Args:
-        cls: Its class.
-        place: A folder or a Hub id.
-        revision: Branch, tag or commit of a Hub repository.
-        dtype: Type of its weights.
-
-    Returns:
-        The model on the CPU, frozen and in evaluation mode.
-
-    Raises:
-        ValueError: If tensors are absent, which transformers would make up.
-    """
-    model, report = cls.from_pretrained(
-        place, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
-    if wrong:
-        raise ValueError(f"no CLIP model, or an incomplete one: {len(wrong)} tensors are absent, {wrong[0]} first")
-    made: PreTrainedModel = model.requires_grad_(False).eval()
-    return made

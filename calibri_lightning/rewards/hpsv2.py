@@ -113,10 +113,15 @@ def fit_longest_side(images: Tensor, size: int) -> Tensor:
     rounded = torch.from_numpy(to_pixels(images)).to(images.device).permute(0, 3, 1, 2).float() / 255
     scale = size / max(rounded.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in rounded.shape[-2:])
-    resized = rounded
-    if (height, width) != tuple(rounded.shape[-2:]):
-        resized = torch.nn.functional.interpolate(rounded, (height, width), mode="bicubic", antialias=True)
+    resized = rounded if (height, width) == tuple(rounded.shape[-2:]) else _resize(rounded, height, width)
     left, top = (size - width) // 2, (size - height) // 2
     padded = torch.nn.functional.pad(resized, (left, size - width - left, top, size - height - top))
     mean, std = (padded.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
     return (padded - mean) / std
+
+
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
+    if width == 1:
+        # torch 2.13 resizes a single column wrongly on the CPU, by up to the whole range; not a single row.
+        return _resize(images.mT, width, height).mT
+    return torch.nn.functional.interpolate(images, (height, width), mode="bicubic", antialias=True)

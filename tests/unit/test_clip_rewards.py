@@ -50,9 +50,26 @@ def make(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
         head[f"layers.{place}.bias"] = torch.zeros(outer)
     torch.save(head, other / "head.pth")
     places = {name: {"pretrained": str(folder)} for name in NAMES}
+    places["clip_iqa"]["pretrained"] = str(save_with_near_texts(folder, tmp_path_factory.mktemp("near")))
     places["hpsv2"] = {"pretrained": str(other / "hps.pt"), "processor": str(folder)}
     places["aesthetic"]["head"] = str(other / "head.pth")
     return lambda name, **options: find_reward(name, {**places[name], **options})
+
+
+def save_with_near_texts(folder: Path, target: Path) -> Path:
+    """The same model, but with texts so near to each other that two of them are about as likely, as for a real one.
+
+    Its temperature is 100, as OpenAI's.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = CLIPModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.text_model.final_layer_norm.bias += torch.linspace(-50, 50, 16)
+        model.logit_scale.fill_(math.log(100))
+    model.save_pretrained(target)
+    CLIPProcessor.from_pretrained(folder).save_pretrained(target)
+    return target
 
 
 def test_clipscore_is_the_cosine(folder: Path, make: Make) -> None:
@@ -74,14 +91,12 @@ def test_the_two_halves_give_what_one_call_of_the_model_gives(folder: Path, make
     )
 
 
-def test_clip_iqa_is_that_of_torchmetrics(folder: Path, tmp_path: Path, make: Make) -> None:
+def test_clip_iqa_is_that_of_torchmetrics(folder: Path, tmp_path: Path) -> None:
     from torchmetrics.functional.multimodal import clip_image_quality_assessment
     from transformers import CLIPModel, CLIPProcessor
 
-    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
-    torch.nn.init.constant_(model.logit_scale, math.log(100))  # torchmetrics takes the temperature of OpenAI's models
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    save_with_near_texts(folder, tmp_path)  # torchmetrics' temperature is 100, whatever the model's
+    model, processor = CLIPModel.from_pretrained(tmp_path).eval(), CLIPProcessor.from_pretrained(tmp_path)
     # It wants tensors of what returns structures since transformers 5.
     halves = SimpleNamespace(
         get_text_features=lambda ids, mask: model.get_text_features(ids, mask).pooler_output,
@@ -95,7 +110,7 @@ def test_clip_iqa_is_that_of_torchmetrics(folder: Path, tmp_path: Path, make: Ma
             theirs = clip_image_quality_assessment(
                 pixels.float(), model_name_or_path=lambda: (halves, processor), prompts=(pair or "quality",)
             )
-        ours = make("clip_iqa", pretrained=str(tmp_path), **options)(pixels / 255, PROMPTS[:5])
+        ours = find_reward("clip_iqa", {"pretrained": str(tmp_path), **options})(pixels / 255, PROMPTS[:5])
         assert theirs.std() > 1e-3
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
@@ -151,8 +166,8 @@ def test_kept_embeddings_are_bounded_and_bound_to_a_device(folder: Path) -> None
     # More at once than are kept.
     assert torch.equal(texts(["c", "a", "b", "a"])[1:3], first)
     assert len(texts._kept) == 2
-    model.to("meta")
-    assert texts(["a"]).device.type == "meta"
+    texts._kept["a"] = first[0].to("meta")  # as if the model had been there
+    assert torch.equal(texts(["a", "b"]), first)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ from calibri_lightning.rewards.hpsv2 import FILE, HpsV2, fit_longest_side
 from calibri_lightning.rewards.open_clip_keys import load_open_clip
 
 TEXTS = ("cat", "red dog", "", "two dogs and a cat and more", "blue", "cat")
-SIZES = ((40, 56), (56, 40), (28, 28), (28, 20), (1, 1), (1, 90), (90, 1), (3, 7))
+SIZES = ((40, 56), (56, 40), (28, 28), (28, 20), (1, 1), (1, 90), (90, 1), (10, 1), (200, 3), (3, 7))
 RANDOM = torch.Generator().manual_seed(0)
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)
