@@ -16,6 +16,10 @@ from calibri_lightning.rewards.base import FunctionReward, Reward
 BUILT_IN: Mapping[str, str] = {
     "shapes": "calibri_lightning.rewards.shapes:ShapesReward",
     "pickscore": "calibri_lightning.rewards.pickscore:PickScore",
+    "clipscore": "calibri_lightning.rewards.clipscore:ClipScore",
+    "hpsv2": "calibri_lightning.rewards.hpsv2:HpsV2",
+    "aesthetic": "calibri_lightning.rewards.aesthetic:Aesthetic",
+    "clip_iqa": "calibri_lightning.rewards.clip_iqa:ClipIqa",
     "jpeg_compressibility": "calibri_lightning.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "calibri_lightning.rewards.jpeg:JpegIncompressibility",
 }

@@ -6,11 +6,9 @@ import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_clip import PIXELS, TOKENS, save_clip
+from tiny_clip import TOKENS, by_hand, save_clip
 from tiny_runs import TinyRuns
 from torch import Tensor
 
@@ -31,27 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(folder: Path, image: Tensor, text: str) -> float:
-    """100 cos, or what the model's temperature makes of it, by hand and one at a time."""
-    from transformers import CLIPModel, CLIPTokenizer
-
-    model = CLIPModel.from_pretrained(folder).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    picture = Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-    width, height = (int(side * PIXELS / min(picture.size)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - PIXELS) // 2, (height - PIXELS) // 2
-    pixels = np.asarray(picture.crop((left, top, left + PIXELS, top + PIXELS))) / 255
-    pixels = (pixels - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
-    letters = [
-        f"{c}</w>" if c == word[-1] and i == len(word) - 1 else c for word in text.split() for i, c in enumerate(word)
-    ]
-    ids = tokenizer.convert_tokens_to_ids(["<|startoftext|>", *letters[: TOKENS - 2], "<|endoftext|>"])
-    with torch.no_grad():
-        seen = model.vision_model(torch.tensor(pixels).permute(2, 0, 1)[None].float()).pooler_output
-        read = model.text_model(torch.tensor([ids])).pooler_output
-        one, other = model.visual_projection(seen)[0].double(), model.text_projection(read)[0].double()
-        cosine = (one @ other) / (one @ one).sqrt() / (other @ other).sqrt()
-        return float(model.logit_scale.double().exp() * cosine)
+    """100 cos, or what the model's temperature makes of it."""
+    return by_hand(folder, image, text).scale * by_hand(folder, image, text).cosine
 
 
 def test_scores_are_those_of_an_independent_computation(folder: Path) -> None:
