@@ -17,6 +17,9 @@ BUILT_IN: Mapping[str, str] = {
     "pickscore": "calibri_lightning.rewards.pickscore:PickScore",
     "jpeg_compressibility": "calibri_lightning.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "calibri_lightning.rewards.jpeg:JpegIncompressibility",
+    "vqascore": "calibri_lightning.rewards.vqa:VQAScore",
+    "soft_tifa": "calibri_lightning.rewards.vqa:SoftTifa",
+    "ocr": "calibri_lightning.rewards.ocr:Ocr",
 }
 """Rewards that go by a short name, and their import paths."""
 
