@@ -194,6 +194,7 @@ class Ocr(Reward):
     @cached_property
     def _reader(self) -> Any:
         try:
+            import onnxruntime  # noqa: F401 - rapidocr would miss it only when it reads the first picture
             from rapidocr import RapidOCR
         except ImportError as error:
             raise _missing(error) from error
