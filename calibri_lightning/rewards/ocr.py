@@ -85,8 +85,8 @@ def wanted_text(prompt: Prompt) -> tuple[str, ...]:
         prompt: The prompt.
 
     Returns:
-        Its metadata "text" if there is one, or the parts of the prompt in double quotes ("", “”, „“, «», 「」), in their
-        order; without blank ones.
+        Its metadata "text" if there is one, or the parts of the prompt in double quotes ("", “”, „“, «», 「」) in their
+        order, without blank ones.
     """
     given = prompt.metadata.get(TEXT_KEY)
     if given is None:
@@ -139,7 +139,7 @@ class Ocr(Reward):
             if not wanted_text(prompt):
                 raise UserError(
                     f"The reward 'ocr' cannot score the prompt {prompt.text!r} (row {prompt.index + 1}): it asks for "
-                    'no text. The rule is a part in double quotes, for instance \'a shop sign that says "open"\', or '
+                    "no text. The rule is a part in double quotes, for instance 'a shop sign that says \"open\"', or "
                     f"a column {TEXT_KEY!r} with the text. Quote the text, or take the prompt out."
                 )
         _ = self._reader

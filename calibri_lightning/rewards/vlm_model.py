@@ -1,18 +1,11 @@
-"""A vision-language model of the Qwen-VL kind that says how probable answers to questions about pictures are.
-
-Loaded with `AutoModelForImageTextToText`, a tokenizer and an image processor, not with `AutoProcessor`: that one also
-makes a video processor, which needs torchvision, and its image processor gives other pixels with torchvision than
-without. Here Pillow resizes, whatever is installed.
-"""
+"""How probable answers to questions about pictures are to a vision-language model of the Qwen-VL kind."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,28 +16,9 @@ from calibri_lightning.backbones.loading import DType, first_line, torch_dtype
 from calibri_lightning.errors import UserError
 from calibri_lightning.rewards.base import ModelInfo
 from calibri_lightning.rewards.questions import Query, answer_forms
+from calibri_lightning.rewards.vlm_loading import LoadedVlm, load_vlm
 
-PUBLISHED = "Qwen/Qwen3-VL-8B-Instruct"
-"""The published weights that GenEval 2 asks."""
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_Part = TypeVar("_Part")
 _Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What is loaded once."""
-
-    model: Any
-    tokenizer: Any
-    image_processor: Any
-    template: str
-
-    @property
-    def image_token(self) -> str:
-        """The token whose embedding is replaced by a patch of the picture."""
-        return str(self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id))
 
 
 @dataclass(frozen=True)
@@ -151,14 +125,14 @@ class VisionLanguageModel:
         """Says what gives the answers; loads the model.
 
         Returns:
-            The model, the commit or version of its weights, and the range of sizes that pictures are resized to.
+            The model, the commit of weights from the Hub (else "unknown"), and the sizes that pictures are resized to.
         """
         folder = Path(self._pretrained)
         commit = getattr(self._loaded.model.config, "_commit_hash", None)
         low, high = self._size
         return ModelInfo(
             folder.name if folder.is_dir() else self._pretrained,
-            commit or self._revision or "unknown",
+            commit or "unknown",
             f"qwen-vl pil {low}..{high} pixels",
         )
 
@@ -266,72 +240,8 @@ class VisionLanguageModel:
         return min(low, high), high
 
     @cached_property
-    def _loaded(self) -> _Loaded:
-        from transformers import AutoImageProcessor, AutoTokenizer
-
-        made = _Loaded(
-            self._fetch("weights", self._load_model),
-            self._fetch("tokenizer", lambda name: AutoTokenizer.from_pretrained(name, revision=self._revision)),
-            self._fetch(
-                "preprocessing",
-                lambda name: AutoImageProcessor.from_pretrained(name, revision=self._revision, backend="pil"),
-            ),
-            self._fetch("chat template", self._load_template),
-        )
-        self._check_kind(made)
-        return made
-
-    def _load_model(self, name: str) -> Any:
-        from transformers import AutoModelForImageTextToText
-
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            name, revision=self._revision, dtype=self._dtype, use_safetensors=True, output_loading_info=True
-        )
-        wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
-        if wrong:
-            raise ValueError(f"another model, or an incomplete one: {len(wrong)} tensors are absent, {wrong[0]} first")
-        return model.requires_grad_(False).eval()
-
-    def _load_template(self, name: str) -> str:
-        from transformers import AutoTokenizer
-        from transformers.processing_utils import ProcessorMixin
-
-        # A file of the processor in most repositories, a field of the tokenizer in others.
-        config, _ = ProcessorMixin.get_processor_dict(name, revision=self._revision)
-        template = config.get("chat_template") or AutoTokenizer.from_pretrained(
-            name, revision=self._revision
-        ).chat_template
-        if not isinstance(template, str):
-            raise ValueError("there is none; this must be the repository of a model that was tuned for dialogue")
-        return template
-
-    def _check_kind(self, made: _Loaded) -> None:
-        known = getattr(made.model.config, "image_token_id", None) is not None
-        if not known or not hasattr(made.image_processor, "merge_size"):
-            raise UserError(
-                f"The reward {self._reward!r} cannot use {self._pretrained!r}, a {type(made.model).__name__}: it asks "
-                f"models of the Qwen-VL kind (Qwen2.5-VL, Qwen3-VL). Give one, for instance {PUBLISHED}."
-            )
-
-    def _fetch(self, what: str, load: Callable[[str], _Part]) -> _Part:
-        name = self._pretrained
-        fix = (
-            "With the network at hand, nothing needs to be set; without it, download the repository and give its "
-            f"folder: rewards: {{{self._reward}: {{weight: 1.0, options: {{pretrained: FOLDER}}}}}}."
-        )
-        if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
-            raise UserError(
-                f"The {what} of the reward {self._reward!r} cannot be found: {name!r} is neither an existing folder "
-                f"nor a Hub id 'owner/name'. {fix}"
-            )
-        try:
-            return load(name)
-        # The Hub client, safetensors and transformers raise dozens of unrelated classes.
-        except Exception as error:
-            raise UserError(
-                f"The {what} of the reward {self._reward!r} could not be loaded from {name!r} ({first_line(error)}). "
-                f"{fix}"
-            ) from error
+    def _loaded(self) -> LoadedVlm:
+        return load_vlm(self._reward, self._pretrained, self._revision, self._dtype)
 
 
 def _begins(tokens: _Tokens, start: _Tokens) -> bool:

@@ -25,7 +25,8 @@ from calibri_lightning.rewards.questions import (
     mean,
     share_of_yes,
 )
-from calibri_lightning.rewards.vlm_model import PUBLISHED, VisionLanguageModel
+from calibri_lightning.rewards.vlm_loading import PUBLISHED
+from calibri_lightning.rewards.vlm_model import VisionLanguageModel
 
 
 class VQAScore(Reward):

@@ -70,7 +70,12 @@ def test_braces_in_a_prompt_stay() -> None:
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"questions": [{"question": "How many?", "answer": "two"}, {"question": "Red?", "answer": "Yes", "skill": "x"}]},
+        {
+            "questions": [
+                {"question": "How many?", "answer": "two"},
+                {"question": "Red?", "answer": "Yes", "skill": "x"},
+            ]
+        },
         {"vqa_list": [["How many?", "two"], ["Red?", "Yes"]]},
         {"questions": (("How many? ", "two"), ("Red?", " Yes")), "vqa_list": 7},
         {"vqa_list": '[["How many?", "two"], ["Red?", "Yes"]]'},
@@ -86,10 +91,23 @@ def test_numbers_are_answers() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[], None, 3, {"question": "a", "answer": "b"}, [["a"]], [["a", ""]], [["a", True]], ["ab"], [{"question": "a"}], "5"],
+    [
+        [],
+        None,
+        3,
+        {"question": "a", "answer": "b"},
+        [["a"]],
+        [["a", ""]],
+        [["a", True]],
+        ["ab"],
+        [{"question": "a"}],
+        "5",
+    ],
 )
 def test_other_forms_are_refused(value: object) -> None:
-    with pytest.raises(UserError, match=r"cannot score the prompt 'x' \(row 8\): its column 'questions' holds .*for inst"):
+    with pytest.raises(
+        UserError, match=r"cannot score the prompt 'x' \(row 8\): its column 'questions' holds .*for inst"
+    ):
         atoms_of(Prompt("x", 7, {"questions": value}), "soft_tifa")
 
 

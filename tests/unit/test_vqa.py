@@ -18,9 +18,9 @@ from torch import Tensor
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardConfig, RewardSet
+from calibri_lightning.rewards.base import ModelInfo
 from calibri_lightning.rewards.finding import find_reward
-from calibri_lightning.rewards.questions import Query
-from calibri_lightning.rewards.vlm_model import PUBLISHED, VisionLanguageModel
+from calibri_lightning.rewards.vlm_loading import PUBLISHED
 from calibri_lightning.rewards.vqa import SoftTifa, VQAScore
 
 KINDS = get_args(Kind)
@@ -156,18 +156,6 @@ def test_soft_tifa_is_that_of_an_independent_computation(folders: dict[str, Path
     assert other.extra_names == ("soft_tifa_geometric",)
 
 
-def test_probabilities_of_answers_that_exclude_each_other_sum_to_one(folders: dict[str, Path], kind: Kind) -> None:
-    """Each first token of the vocabulary is one answer: their probabilities are those of a whole distribution."""
-    model = VisionLanguageModel("test", str(folders[kind]), None, "float32", None, 4, None)
-    model.load()
-    place, rows = Query(0, "What?", ("Yes",)), (IMAGES[0] * 255).to(torch.uint8).permute(1, 2, 0).numpy()[None]
-    [row] = model._rows(0, place, model._see(rows[0]))
-    with torch.inference_mode():
-        [after] = model._forward([row])
-    assert after.shape == (1, len(tokenizer()))
-    assert float(after.exp().sum()) == pytest.approx(1, abs=1e-12)
-
-
 def test_a_score_does_not_depend_on_the_batch_around_it(folders: dict[str, Path], kind: Kind) -> None:
     """Padding and masking change the order of sums, so equal up to rounding, not bit for bit."""
     make = lambda size: VQAScore(str(folders[kind]), dtype="float32", batch_size=size)  # noqa: E731
@@ -179,9 +167,7 @@ def test_a_score_does_not_depend_on_the_batch_around_it(folders: dict[str, Path]
     assert torch.equal(make(1)(IMAGES, PROMPTS), alone)
     # The same with answers of several tokens beside answers of one.
     make_tifa = lambda size: SoftTifa(str(folders[kind]), dtype="float32", batch_size=size)  # noqa: E731
-    torch.testing.assert_close(
-        make_tifa(7)(IMAGES[:3], ATOMS), make_tifa(1)(IMAGES[:3], ATOMS), atol=0, rtol=2e-5
-    )
+    torch.testing.assert_close(make_tifa(7)(IMAGES[:3], ATOMS), make_tifa(1)(IMAGES[:3], ATOMS), atol=0, rtol=2e-5)
 
 
 def test_fewer_pixels(folders: dict[str, Path], kind: Kind) -> None:
@@ -199,7 +185,9 @@ def test_another_question(folders: dict[str, Path], kind: Kind) -> None:
 def test_bfloat16_is_the_default_and_results_are_float32(folders: dict[str, Path], kind: Kind) -> None:
     scores = VQAScore(str(folders[kind]))(IMAGES, PROMPTS)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, VQAScore(str(folders[kind]), dtype="float32")(IMAGES, PROMPTS), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        scores, VQAScore(str(folders[kind]), dtype="float32")(IMAGES, PROMPTS), atol=0.05, rtol=0
+    )
     assert VQAScore(str(folders[kind]))._model._loaded.model.dtype == torch.bfloat16
 
 
@@ -240,9 +228,12 @@ def test_a_set_of_both_reports_all_names(folders: dict[str, Path]) -> None:
 
 
 def test_it_says_what_scores(folders: dict[str, Path]) -> None:
-    info = VQAScore(str(folders["qwen3_vl"]), revision="abc").describe()
-    assert (info.model, info.revision) == (folders["qwen3_vl"].name, "abc")
-    assert VQAScore(str(folders["qwen3_vl"]), max_pixels=2048).describe().preprocessing == "qwen-vl pil 1024..2048 pixels"
+    reward = VQAScore(str(folders["qwen3_vl"]), max_pixels=2048)
+    info = ModelInfo(folders["qwen3_vl"].name, "unknown", "qwen-vl pil 1024..2048 pixels")
+    assert reward.describe() == info
+    # What transformers notes of a model from the Hub.
+    reward._model._loaded.model.config._commit_hash = "abc"
+    assert reward.describe().revision == "abc"
 
 
 @pytest.mark.parametrize("token", CONTROL[1:])
