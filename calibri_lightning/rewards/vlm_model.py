@@ -141,7 +141,8 @@ class VisionLanguageModel:
 
         The probability of an answer is the sum over the ways to write it (`answer_forms`) of the product of the
         probabilities of its tokens, each given the ones before it (teacher forcing), over the whole vocabulary.
-        Questions of different length go through the model together, padded on the left and masked.
+        Questions of different length that go through the model together are padded on the left and masked; then sums
+        have another order, and equal questions equal answers only up to rounding.
 
         Args:
             pixels: uint8 [B, H, W, 3].

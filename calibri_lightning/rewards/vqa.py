@@ -45,7 +45,7 @@ class VQAScore(Reward):
         revision: str | None = None,
         dtype: DType = "bfloat16",
         device: str | None = None,
-        batch_size: int = 8,
+        batch_size: int = 1,
         template: str = VQASCORE_TEMPLATE,
         normalised: bool = False,
         max_pixels: int | None = None,
@@ -57,7 +57,8 @@ class VQAScore(Reward):
             revision: Branch, tag or commit of the Hub repository.
             dtype: Type of weights and activations: bfloat16, or float32 with twice the memory and finer scores.
             device: Where to score; by default where the pictures are.
-            batch_size: Pictures of one forward.
+            batch_size: Pictures of one forward; with more than 1 a score depends on
+                the others by rounding, which is coarse in bfloat16.
             template: The question; {text} stands for the prompt. To be answered by yes or no.
             normalised: Score P(Yes) / (P(Yes) + P(No)) instead of P(Yes).
             max_pixels: Larger pictures are shrunk to so many pixels; by default the model's own limit.
@@ -141,7 +142,7 @@ class SoftTifa(Reward):
         revision: str | None = None,
         dtype: DType = "bfloat16",
         device: str | None = None,
-        batch_size: int = 8,
+        batch_size: int = 1,
         template: str = SOFT_TIFA_TEMPLATE,
         mean: Mean = "geometric",
         max_pixels: int | None = None,
@@ -153,7 +154,8 @@ class SoftTifa(Reward):
             revision: Branch, tag or commit of the Hub repository.
             dtype: Type of weights and activations: bfloat16, or float32 with twice the memory and finer scores.
             device: Where to score; by default where the pictures are.
-            batch_size: Questions of one forward.
+            batch_size: Questions of one forward; with more than 1 a score depends on
+                the others by rounding, which is coarse in bfloat16.
             template: What the model is asked; {question} stands for the question of the prompt.
             mean: Geometric (GenEval 2's estimate for a prompt, "GM") or arithmetic (for its parts, "AM"). The other one
                 is reported as `soft_tifa_arithmetic` or `soft_tifa_geometric`.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
-from calibri_lightning.rewards import RewardConfig, RewardSet
+from calibri_lightning.rewards import Reward, RewardConfig, RewardSet
 from calibri_lightning.rewards.base import ModelInfo
 from calibri_lightning.rewards.finding import find_reward
 from calibri_lightning.rewards.vlm_loading import PUBLISHED
@@ -156,18 +156,32 @@ def test_soft_tifa_is_that_of_an_independent_computation(folders: dict[str, Path
     assert other.extra_names == ("soft_tifa_geometric",)
 
 
-def test_a_score_does_not_depend_on_the_batch_around_it(folders: dict[str, Path], kind: Kind) -> None:
-    """Padding and masking change the order of sums, so equal up to rounding, not bit for bit."""
-    make = lambda size: VQAScore(str(folders[kind]), dtype="float32", batch_size=size)  # noqa: E731
-    alone, together = make(1)(IMAGES, PROMPTS), make(4)(IMAGES, PROMPTS)
-    order = torch.tensor([3, 0, 2, 1])
-    shuffled = make(3)(IMAGES[order], [PROMPTS[i] for i in order])
-    torch.testing.assert_close(together, alone, atol=0, rtol=2e-5)
-    torch.testing.assert_close(shuffled, alone[order], atol=0, rtol=2e-5)
-    assert torch.equal(make(1)(IMAGES, PROMPTS), alone)
-    # The same with answers of several tokens beside answers of one.
-    make_tifa = lambda size: SoftTifa(str(folders[kind]), dtype="float32", batch_size=size)  # noqa: E731
-    torch.testing.assert_close(make_tifa(7)(IMAGES[:3], ATOMS), make_tifa(1)(IMAGES[:3], ATOMS), atol=0, rtol=2e-5)
+ORDER = torch.tensor([3, 0, 2, 1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_by_default_a_score_does_not_depend_on_the_batch_around_it_at_all(
+    folders: dict[str, Path], kind: Kind, dtype: str
+) -> None:
+    reward = VQAScore(str(folders[kind]), dtype=dtype)
+    together = reward(IMAGES, PROMPTS)
+    alone = torch.cat([reward(IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(PROMPTS))])
+    assert torch.equal(alone, together)
+    assert torch.equal(reward(IMAGES[ORDER], [PROMPTS[i] for i in ORDER]), together[ORDER])
+
+
+def test_questions_of_one_forward_change_each_other_by_rounding_only(folders: dict[str, Path], kind: Kind) -> None:
+    """Questions of different length, and answers of several tokens beside answers of one."""
+
+    def make(cls: type[VQAScore | SoftTifa], size: int) -> Reward:
+        return cls(str(folders[kind]), dtype="float32", batch_size=size)
+
+    alone = make(VQAScore, 1)(IMAGES, PROMPTS)
+    torch.testing.assert_close(make(VQAScore, 4)(IMAGES, PROMPTS), alone, atol=0, rtol=2e-5)
+    shuffled = make(VQAScore, 3)(IMAGES[ORDER], [PROMPTS[i] for i in ORDER])
+    torch.testing.assert_close(shuffled, alone[ORDER], atol=0, rtol=2e-5)
+    atoms = [make(SoftTifa, size)(IMAGES[:3], ATOMS) for size in (1, 7)]
+    torch.testing.assert_close(atoms[1], atoms[0], atol=0, rtol=2e-5)
 
 
 def test_fewer_pixels(folders: dict[str, Path], kind: Kind) -> None:
