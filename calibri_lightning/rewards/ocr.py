@@ -1,6 +1,6 @@
 """Is the text that the prompt asks for in the picture? Read by rapidocr, whose models come with its wheel.
 
-The score is that of Flow-GRPO (arXiv 2505.05470, section 4.1; flow_grpo/ocr.py of yifan123/flow_grpo), with another
+The score is that of Flow-GRPO (arXiv 2505.05470; flow_grpo/ocr.py of yifan123/flow_grpo), with another
 reader: 1 - min(edit distance, n) / n for a target of n characters, where text around an exact copy costs nothing.
 """
 

@@ -3,7 +3,7 @@
 Nothing here knows where the model runs: in this process (`calibri_lightning.rewards.vqa`) or behind a server that
 reports the log-probabilities of its first token. All numbers are probabilities in 0..1.
 
-VQAScore (Lin et al., arXiv 2404.01291, eq. 1): the probability of "Yes" to one question about the whole prompt.
+VQAScore (Lin et al., arXiv 2404.01291): the probability of "Yes" to one question about the whole prompt.
 Soft-TIFA (Kamath et al., GenEval 2, arXiv 2512.16853): the mean of the probabilities of the expected answers to one
 question for each thing that the prompt asks for.
 """
@@ -22,7 +22,7 @@ from calibri_lightning.prompts import Prompt
 Mean = Literal["geometric", "arithmetic"]
 
 VQASCORE_TEMPLATE = 'Does this figure show "{text}"? Please answer yes or no.'
-"""The question of VQAScore (arXiv 2404.01291, section 3); {text} is the prompt."""
+"""The question of VQAScore (arXiv 2404.01291); {text} is the prompt."""
 SOFT_TIFA_TEMPLATE = "{question} Answer in one word."
 """What GenEval 2 makes of a question (`soft_tifa` in evaluation.py of facebookresearch/GenEval2)."""
 QUESTION_KEYS: tuple[str, ...] = ("questions", "vqa_list")
