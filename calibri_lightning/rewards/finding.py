@@ -22,6 +22,9 @@ BUILT_IN: Mapping[str, str] = {
     "clip_iqa": "calibri_lightning.rewards.clip_iqa:ClipIqa",
     "jpeg_compressibility": "calibri_lightning.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "calibri_lightning.rewards.jpeg:JpegIncompressibility",
+    "vqascore": "calibri_lightning.rewards.vqa:VQAScore",
+    "soft_tifa": "calibri_lightning.rewards.vqa:SoftTifa",
+    "ocr": "calibri_lightning.rewards.ocr:Ocr",
 }
 """Rewards that go by a short name, and their import paths."""
 OnFailure = Literal["raise", "nan"]
