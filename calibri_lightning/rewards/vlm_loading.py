@@ -7,22 +7,16 @@ Pillow resizes, whatever is installed.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from calibri_lightning.backbones.loading import first_line
 from calibri_lightning.errors import UserError
+from calibri_lightning.rewards.loading import load_part
 
 PUBLISHED = "Qwen/Qwen3-VL-8B-Instruct"
 """The published weights that GenEval 2 asks."""
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
@@ -64,17 +58,17 @@ def load_vlm(reward: str, pretrained: str, revision: str | None, dtype: torch.dt
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    model = _fetch(reward, "weights", pretrained, lambda place: _load_model(place, revision, dtype))
-    tokenizer = _fetch(
+    model = load_part(reward, "weights", pretrained, lambda place: _load_model(place, revision, dtype))
+    tokenizer = load_part(
         reward, "tokenizer", pretrained, lambda place: AutoTokenizer.from_pretrained(place, revision=revision)
     )
-    image_processor = _fetch(
+    image_processor = load_part(
         reward,
         "preprocessing",
         pretrained,
         lambda place: AutoImageProcessor.from_pretrained(place, revision=revision, backend="pil"),
     )
-    template = _fetch(reward, "chat template", pretrained, lambda place: _load_template(place, revision, tokenizer))
+    template = load_part(reward, "chat template", pretrained, lambda place: _load_template(place, revision, tokenizer))
     known = getattr(model.config, "image_token_id", None) is not None
     if not known or not hasattr(image_processor, "merge_size"):
         raise UserError(
@@ -105,22 +99,3 @@ def _load_template(place: str, revision: str | None, tokenizer: Any) -> str:
     if not isinstance(template, str):
         raise ValueError("there is none; this must be the repository of a model that was tuned for dialogue")
     return template
-
-
-def _fetch(reward: str, what: str, place: str, load: Callable[[str], _Part]) -> _Part:
-    fix = (
-        "With the network at hand, nothing needs to be set; without it, download the repository and give its "
-        f"folder: rewards: {{{reward}: {{weight: 1.0, options: {{pretrained: FOLDER}}}}}}."
-    )
-    if not Path(place).is_dir() and not _HUB_ID.fullmatch(place):
-        raise UserError(
-            f"The {what} of the reward {reward!r} cannot be found: {place!r} is neither an existing folder nor a "
-            f"Hub id 'owner/name'. {fix}"
-        )
-    try:
-        return load(place)
-    # The Hub client, safetensors and transformers raise dozens of unrelated classes.
-    except Exception as error:
-        raise UserError(
-            f"The {what} of the reward {reward!r} could not be loaded from {place!r} ({first_line(error)}). {fix}"
-        ) from error

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calibri_lightning.backbones.loading import DType, first_line, torch_dtype
+from calibri_lightning.backbones.loading import DType, torch_dtype
 from calibri_lightning.errors import UserError
 from calibri_lightning.rewards.base import ModelInfo
+from calibri_lightning.rewards.loading import checked_batch_size, checked_device, commit_of, name_of
 from calibri_lightning.rewards.questions import Query, answer_forms
 from calibri_lightning.rewards.vlm_loading import LoadedVlm, load_vlm
 
@@ -73,19 +73,13 @@ class VisionLanguageModel:
         Raises:
             UserError: If dtype, device, batch_size or max_pixels is none.
         """
-        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
-            absent = value is None and name == "max_pixels"
-            if not absent and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UserError(f"{name} of the reward {reward!r} is {value!r}; it must be a number from 1 up.")
-        try:
-            self._device = None if device is None else torch.device(device)
-        except RuntimeError as error:
-            raise UserError(
-                f"device of the reward {reward!r} is {device!r} ({first_line(error)}). Use cpu, cuda or cuda:1, or "
-                "leave it out to score where the pictures are."
-            ) from error
+        if max_pixels is not None and (
+            isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1
+        ):
+            raise UserError(f"max_pixels of the reward {reward!r} is {max_pixels!r}; it must be a number from 1 up.")
+        self._device, self._batch_size = checked_device(reward, device), checked_batch_size(reward, batch_size)
         self._reward, self._pretrained, self._revision = reward, pretrained, revision
-        self._dtype, self._batch_size, self._max_pixels = torch_dtype(dtype), batch_size, max_pixels
+        self._dtype, self._max_pixels = torch_dtype(dtype), max_pixels
         self._sequences: dict[str, tuple[_Tokens, ...]] = {}
 
     def load(self) -> None:
@@ -127,12 +121,10 @@ class VisionLanguageModel:
         Returns:
             The model, the commit of weights from the Hub (else "unknown"), and the sizes that pictures are resized to.
         """
-        folder = Path(self._pretrained)
-        commit = getattr(self._loaded.model.config, "_commit_hash", None)
         low, high = self._size
         return ModelInfo(
-            folder.name if folder.is_dir() else self._pretrained,
-            commit or "unknown",
+            name_of(self._pretrained),
+            commit_of(self._pretrained, self._revision),
             f"qwen-vl pil {low}..{high} pixels",
         )
 
