@@ -17,6 +17,7 @@ BUILT_IN: Mapping[str, str] = {
     "pickscore": "calibri_lightning.rewards.pickscore:PickScore",
     "jpeg_compressibility": "calibri_lightning.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "calibri_lightning.rewards.jpeg:JpegIncompressibility",
+    "remote": "calibri_lightning.rewards.remote:RemoteReward",
 }
 """Rewards that go by a short name, and their import paths."""
 
