@@ -171,8 +171,8 @@ class NativeWire(Wire):
         if picture.size // 3 > limits.pixels or each > limits.body_bytes:
             raise UserError(
                 f"A picture {list(picture.shape)} of {picture.size // 3} pixels makes a request of {each} bytes; a "
-                f"server of {self._reward!r} takes {limits.pixels} pixels and {limits.body_bytes} bytes. Start it with higher "
-                "limits, or make smaller pictures."
+                f"server of {self._reward!r} takes {limits.pixels} pixels and {limits.body_bytes} bytes. Start it with "
+                "higher limits, or make smaller pictures."
             )
         return min(limits.items, limits.body_bytes // each)
 
