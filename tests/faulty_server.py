@@ -142,6 +142,10 @@ class FaultyServer:
             return json_answer(CheckReply(problem="no score for 'forbidden'" if "forbidden" in texts else None))
         return json_answer(self.reply(body))
 
+    def right_scores(self, body: bytes) -> Answer:
+        """The right answer to a request for scores."""
+        return self.right("/v1/score", body)
+
     def reply(self, body: bytes) -> ScoreReply:
         """The right reply to a request for scores."""
         request = ScoreRequest.model_validate_json(body)

@@ -247,7 +247,7 @@ class Pool:
                 server.failures = 0
             elif POLICIES[failure.kind].evicts:
                 self._evict(server, str(failure), failure.retry_after)
-                _log.warning("The server %s is left alone for a while: %s.", server.address.url, failure)
+                _log.warning("The server %s is left alone for a while: %s", server.address.url, failure)
 
     def _evict(self, server: _Server, why: str, retry_after: float) -> None:
         """Lets a server rest; the lock is held."""
@@ -257,7 +257,7 @@ class Pool:
         server.out_until = self._clock() + max(retry_after, self._random.uniform(0, longest))
 
     def _all_down(self, waited: float) -> str:
-        told = "; ".join(f"{s.address.url}: {s.last_error or 'refused this batch'}" for s in self._servers)
+        told = "; ".join(f"{s.address.url}: {s.last_error.rstrip('.') or 'refused this batch'}" for s in self._servers)
         return (
             f"No server of the reward came back within {waited:.0f} s. {told}. Start them again, then resume the run "
             "with --ckpt_path."
@@ -290,7 +290,7 @@ def _failure(server: _Server, error: ExchangeError | WireError) -> ExchangeError
 
 def _story(trail: _Trail) -> str:
     times = "once" if len(trail.told) == 1 else f"{len(trail.told)} times"
-    return f"The batch was sent {times} and has no scores: {'; then '.join(trail.told)}"
+    return f"The batch was sent {times} and has no scores: {'; then '.join(trail.told).rstrip('.')}."
 
 
 def _unstarted(server: _Server, waited: float, allowed: float) -> str:

@@ -163,18 +163,20 @@ class Transport:
                 f"{what} was redirected to {place or 'nowhere'}. Pictures and tokens are not sent on: give the "
                 "server's own URL in urls."
             )
-        message = f"{what} was answered with {status}: {self._said(response, what, seconds)}. {_FIXES.get(status, '')}"
+        message = f"{what} was answered with {status}: {self._said(response, what, seconds)}"
+        if status in _FIXES:
+            message += f". {_FIXES[status]}"
         if status in (401, 403, 404):
-            return UserError(message.strip())
+            return UserError(message)
         retry_after = _seconds(response.headers.get("Retry-After"))
         if status == 429:
-            return ExchangeError("busy", message.strip(), retry_after)
+            return ExchangeError("busy", message, retry_after)
         if status in (502, 503, 504):
-            return ExchangeError("unavailable", message.strip(), retry_after)
+            return ExchangeError("unavailable", message, retry_after)
         if status >= 500:
-            return ExchangeError("failed", message.strip())
+            return ExchangeError("failed", message)
         # Another 2xx says that all is well, but holds no scores.
-        return ExchangeError("refused" if status >= 400 else "garbage", message.strip())
+        return ExchangeError("refused" if status >= 400 else "garbage", message)
 
     def _said(self, response: requests.Response, what: str, seconds: float) -> str:
         try:
