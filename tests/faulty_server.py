@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import struct
 import threading
 from collections import Counter, deque
@@ -56,8 +57,14 @@ Behaviour = Callable[["FaultyServer", bytes], Answer]
 class FaultyServer:
     """Speaks version 1 of the protocol on 127.0.0.1; scores are means of pixels."""
 
-    def __init__(self, info: RewardInfo = INFO, limits: Limits = LIMITS, token: str | None = None) -> None:
-        self.info, self.limits, self.token = info, limits, token
+    def __init__(
+        self,
+        info: RewardInfo = INFO,
+        limits: Limits = LIMITS,
+        token: str | None = None,
+        certificate: tuple[str, str] | None = None,
+    ) -> None:
+        self.info, self.limits, self.token, self.certificate = info, limits, token, certificate
         self.script: dict[str, deque[Behaviour]] = {}
         self.asked: Counter[str] = Counter()
         self.requests: list[ScoreRequest] = []
@@ -69,7 +76,7 @@ class FaultyServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http{'s' if self.certificate else ''}://127.0.0.1:{self._port}"
 
     @property
     def scored(self) -> int:
@@ -106,6 +113,10 @@ class FaultyServer:
 
         self._server = Server(("127.0.0.1", self._port), Handler)
         self._port = self._server.server_address[1]
+        if self.certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def kill(self) -> None:

@@ -80,14 +80,14 @@ def sanitised(text: str, secrets: Collection[str] = ()) -> str:
     return line if len(line) <= _MOST_CHARACTERS else line[:_MOST_CHARACTERS] + "..."
 
 
-def cause_of(error: BaseException) -> str:
+def chain_of(error: BaseException) -> list[BaseException]:
     """Finds what lies below the classes of several HTTP libraries.
 
     Args:
         error: What `requests` or `urllib3` raised.
 
     Returns:
-        A few words, such as "Connection refused".
+        It and all that it came from, the deepest last.
     """
     seen: list[BaseException] = []
     pending: list[object] = [error]
@@ -96,8 +96,20 @@ def cause_of(error: BaseException) -> str:
         if isinstance(found, BaseException) and found not in seen:
             seen.append(found)
             pending += [found.__context__, found.__cause__, getattr(found, "reason", None), *found.args]
-    # The deepest error of the operating system says it best.
-    system = [e for e in seen if isinstance(e, OSError) and isinstance(e.strerror, str)]
+    return seen
+
+
+def cause_of(error: BaseException) -> str:
+    """Says in a few words what went wrong.
+
+    Args:
+        error: What `requests` or `urllib3` raised.
+
+    Returns:
+        What the operating system calls it, such as "Connection refused", or else the deepest error.
+    """
+    chain = chain_of(error)
+    system = [e for e in chain if isinstance(e, OSError) and isinstance(e.strerror, str)]
     if system:
         return sanitised(str(system[-1].strerror))
-    return sanitised(f"{type(error).__name__}: {seen[-1]}")
+    return sanitised(f"{type(chain[-1]).__name__}: {chain[-1]}")

@@ -272,7 +272,8 @@ class Pool:
             server.last_error = str(error)
         except ExchangeError as error:
             server.last_error = str(error)
-            if error.kind not in ("connection", "unavailable"):
+            # Servers that score in the thread that answers are silent while they work for another client.
+            if error.kind not in ("connection", "unavailable", "busy", "timeout"):
                 raise UserError(f"The server {url} cannot be asked what it serves: {error}") from error
             if error.kind == "connection":
                 return _UNREACHABLE
@@ -290,7 +291,7 @@ def _failure(server: _Server, error: ExchangeError | WireError) -> ExchangeError
 
 def _story(trail: _Trail) -> str:
     times = "once" if len(trail.told) == 1 else f"{len(trail.told)} times"
-    return f"The batch was sent {times} and has no scores: {'; then '.join(trail.told).rstrip('.')}."
+    return f"The batch was sent {times} and has no scores: {'; then '.join(dict.fromkeys(trail.told)).rstrip('.')}."
 
 
 def _unstarted(server: _Server, waited: float, allowed: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import requests
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from calibri_lightning.errors import UserError
-from calibri_lightning.remote.errors import ExchangeError, cause_of, sanitised
+from calibri_lightning.remote.errors import ExchangeError, cause_of, chain_of, sanitised
 from calibri_lightning.remote.urls import Address
 from calibri_lightning.remote.wire import HttpRequest
 
@@ -93,11 +94,14 @@ class Transport:
 
         Raises:
             ExchangeError: If nothing comes back, or something else.
-            UserError: If the server's answer is that this client is configured wrongly: 401, 403, 404, or a redirect.
+            UserError: If the server's answer is that this client is configured wrongly: 401, 403, 404, a redirect, or
+                its certificate is not trusted.
         """
         seconds = timeout or self._timeout
         # What was sent, for messages.
-        what = f"{request.method} {address.url}{request.path} ({len(request.body) / 1e6:.1f} MB)"
+        what = f"{request.method} {address.url}{request.path}"
+        if request.body:
+            what += f" ({len(request.body) / 1e6:.1f} MB)"
         try:
             with self._session().request(
                 request.method,
@@ -115,6 +119,11 @@ class Transport:
             raise ExchangeError("timeout", f"{what} had no answer within {seconds:g} s") from error
         # ConnectTimeout is among them, and what urllib3 raises while a reply is read.
         except (requests.RequestException, HTTPError) as error:
+            if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in chain_of(error)):
+                raise UserError(
+                    f"The certificate of {address.url} is not trusted ({cause_of(error)}). Give the file of the "
+                    "certificate, or of the authority that signed it, as ca_file."
+                ) from error
             raise ExchangeError("connection", f"{what} failed ({cause_of(error)})") from error
 
     def _session(self) -> requests.Session:

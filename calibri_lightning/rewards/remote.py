@@ -188,6 +188,9 @@ class RemoteReward(Reward):
                 pool.start()
                 self._refuse_extra_names(wire)
                 self.pixels, self.takes_frames = wire.pixels, wire.takes_frames
+                info = wire.describe()
+                if info is not None:
+                    _log.info("%s is scored by %s, revision %s.", self.name, info.model, info.revision)
                 self._connection = pool, wire
             return self._connection
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,7 @@ def test_floats_arrive_to_their_last_bit_and_so_do_scores(monkeypatch: pytest.Mo
         [picture, *_] = [item.picture for item in server.requests[-1].items]
         assert (picture.codec, picture.dtype, picture.shape) == ("raw", "float32", [8, 6, 3])
         assert not server.requests[-1].exact
-        with pytest.raises(UserError, match="scores float32 pictures, which go raw"):
+        with pytest.raises(UserError, match="scores float32 pictures, which go as raw"):
             RemoteReward(server.url, reward="mean", codec="png").check(PROMPTS)
 
 
@@ -286,6 +288,25 @@ def test_tokens_come_from_the_environment_or_a_file(
         RemoteReward(server.url, reward="mean", token_env="OUR_TOKEN").check(PROMPTS)
     assert "goes over the network in the clear" in caplog.text
     assert "s3cret" not in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_certificates_of_ones_own_are_trusted_when_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = "subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        ["openssl", *make.split(), "-addext", names, "-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    # Only the option counts.
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
+    with FaultyServer(certificate=(certificate, key)) as server:
+        reward = RemoteReward(server.url, reward="mean", ca_file=certificate)
+        assert torch.equal(reward(IMAGES, PROMPTS), expected())
+        with pytest.raises(UserError, match="certificate of https://.* is not trusted .* as ca_file"):
+            RemoteReward(server.url, reward="mean").check(PROMPTS)
 
 
 @pytest.mark.parametrize(
