@@ -11,11 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibri_lightning.prompts import Prompt
-from calibri_lightning.serving.protocol import PixelType
+from calibri_lightning.serving.protocol import PixelType, RewardInfo
 
 
 class WireError(RuntimeError):
     """A reply is not what the wire's rules say; the batch has failed. No UserError: `on_failure: nan` may cover it."""
+
+
+class NotReadyError(WireError):
+    """A server is alive, but cannot score yet, or not any more."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,27 @@ class Wire(ABC):
     pixels: PixelType = "uint8"
     """What its batches hold; a wire may learn from the server's roster that it is float32."""
     extra_names: tuple[str, ...] = ()
-    """Names of further scores that it reports."""
+    """Names of further scores that it reports; a wire may learn them from the roster, too."""
+    takes_frames: bool = False
+    """Whether it scores videos; others are given the middle frame."""
+
+    def describe(self) -> RewardInfo | None:
+        """Says what scores, once the roster has been read; None if such servers do not say."""
+        return None
+
+    def most_items(self, batch: Batch) -> int:
+        """Says how many of these pictures one request may hold; the answer must not depend on the server asked.
+
+        Args:
+            batch: The pictures.
+
+        Returns:
+            The number, from 1 up; larger batches are cut.
+
+        Raises:
+            UserError: If a picture is too large for a request of its own.
+        """
+        return len(batch.prompts)
 
     def probe(self) -> HttpRequest | None:
         """What asks a server whether it is ready; None if such servers cannot be asked (a connection must do)."""
@@ -84,7 +108,9 @@ class Wire(ABC):
             body: The answer, status 200.
 
         Raises:
-            WireError: If the server is not ready.
+            NotReadyError: If the server is not ready: it is asked again.
+            UserError: If it is a server of another kind.
+            WireError: If the answer cannot be read.
         """
 
     def roster(self) -> HttpRequest | None:

@@ -25,6 +25,7 @@ BUILT_IN: Mapping[str, str] = {
     "vqascore": "calibri_lightning.rewards.vqa:VQAScore",
     "soft_tifa": "calibri_lightning.rewards.vqa:SoftTifa",
     "ocr": "calibri_lightning.rewards.ocr:Ocr",
+    "remote": "calibri_lightning.rewards.remote:RemoteReward",
 }
 """Rewards that go by a short name, and their import paths."""
 OnFailure = Literal["raise", "nan"]
