@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibri_lightning.errors import UserError
-from calibri_lightning.remote.wire import WireError, short
+from calibri_lightning.remote.errors import sanitised
+from calibri_lightning.remote.wire import WireError
 
 _PROTOCOL = 4
 """Read by every Python from 3.4 on."""
@@ -83,20 +84,20 @@ def loads(data: bytes, limits: Limits | None = None) -> object:
     """
     limits = limits or Limits()
     if len(data) > limits.num_bytes:
-        raise PlainPickleError(f"A pickle has {len(data)} bytes; at most {limits.num_bytes} are read.")
+        raise PlainPickleError(f"a pickle has {len(data)} bytes; at most {limits.num_bytes} are read")
     reader, end = _Reader(limits), 0
     try:
         for opcode, argument, position in pickletools.genops(data):
             reader.step(opcode.name, argument)
             end = (position or 0) + 1
     except (ValueError, OverflowError) as error:
-        raise PlainPickleError(f"A pickle is damaged: {short(str(error))}.") from error
+        raise PlainPickleError(f"a pickle is damaged: {sanitised(str(error))}") from error
     if end != len(data):
-        raise PlainPickleError(f"A pickle is damaged: {len(data) - end} bytes follow its end.")
+        raise PlainPickleError(f"a pickle is damaged: {len(data) - end} bytes follow its end")
     try:
         _check(reader.result, limits)
     except _NotPlainError as error:
-        raise PlainPickleError(f"A pickle is not read: {error}.") from error
+        raise PlainPickleError(f"a pickle is not read: {error}") from error
     return reader.result
 
 
@@ -116,7 +117,7 @@ class _Reader:
         """Carries out one opcode."""
         self._steps += 1
         if self._steps > self._limits.num_items:
-            raise PlainPickleError(f"A pickle has more than {self._limits.num_items} opcodes.")
+            raise PlainPickleError(f"a pickle has more than {self._limits.num_items} opcodes")
         if name in _VALUES:
             self._push_value(argument)
         elif name in _CONSTANTS:
@@ -129,7 +130,7 @@ class _Reader:
     def stop(self, _: Any) -> None:
         self.result = self._pop()
         if self._stack or self._marks:
-            raise PlainPickleError("A pickle is damaged: it leaves values behind.")
+            raise PlainPickleError("a pickle is damaged: it leaves values behind")
 
     def mark(self, _: Any) -> None:
         self._marks.append(len(self._stack))
@@ -139,7 +140,7 @@ class _Reader:
 
     def get(self, index: int) -> None:
         if index not in self._memo:
-            raise PlainPickleError("A pickle is damaged: it refers to a value that it does not have.")
+            raise PlainPickleError("a pickle is damaged: it refers to a value that it does not have")
         self._stack.append(self._memo[index])
 
     def append(self, _: Any) -> None:
@@ -179,12 +180,12 @@ class _Reader:
     def _push_value(self, value: object) -> None:
         # A longer one cannot be a score, and printing it takes time quadratic in its length.
         if type(value) is int and not -(2**63) <= value < 2**64:
-            raise PlainPickleError("A pickle has an integer of more than 64 bits.")
+            raise PlainPickleError("a pickle has an integer of more than 64 bits")
         self._stack.append(value)
 
     def _top(self) -> object:
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
-            raise PlainPickleError("A pickle is damaged: it uses a value that it does not have.")
+            raise PlainPickleError("a pickle is damaged: it uses a value that it does not have")
         return self._stack[-1]
 
     def _pop(self) -> object:
@@ -193,7 +194,7 @@ class _Reader:
 
     def _to_mark(self) -> list[object]:
         if not self._marks:
-            raise PlainPickleError("A pickle is damaged: it ends what it did not begin.")
+            raise PlainPickleError("a pickle is damaged: it ends what it did not begin")
         start = self._marks.pop()
         items = self._stack[start:]
         del self._stack[start:]
@@ -202,14 +203,14 @@ class _Reader:
     def _extend(self, items: list[object]) -> None:
         target = self._top()
         if type(target) is not list:
-            raise PlainPickleError(f"A pickle is damaged: it appends to a {type(target).__name__}.")
+            raise PlainPickleError(f"a pickle is damaged: it appends to a {type(target).__name__}")
         target.extend(items)
 
     def _update(self, items: list[object]) -> None:
         target = self._top()
         # Keys of other types could be made to collide, or be nests of shared tuples whose hash takes hours.
         if type(target) is not dict or len(items) % 2 or not all(type(key) is str for key in items[::2]):
-            raise PlainPickleError("A pickle is damaged or no plain data: only dicts with keys of str are read.")
+            raise PlainPickleError("a pickle is damaged or no plain data: only dicts with keys of str are read")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def _refusal(self, name: str, argument: Any) -> str:
@@ -219,13 +220,13 @@ class _Reader:
         )
         what = ".".join(word for word in words if isinstance(word, str))
         if not what:
-            return f"A pickle has the opcode {name}, which plain data do not need; nothing of it was executed."
+            return f"a pickle has the opcode {name}, which plain data do not need; nothing of it was executed"
         if what.partition(".")[0] in ("numpy", "torch"):
             return (
-                f"A pickle holds {short(what)}, a NumPy or torch object, which is not read. Convert it in the server "
-                "before it pickles its reply: [float(score) for score in scores]."
+                f"a pickle holds {sanitised(what)}, a NumPy or torch object, which is not read. Convert it in the "
+                "server before it pickles its reply: [float(score) for score in scores]"
             )
-        return f"A pickle asks for {short(what)}, which is more than plain data; nothing of it was executed."
+        return f"a pickle asks for {sanitised(what)}, which is more than plain data; nothing of it was executed"
 
 
 _VALUES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from numpy.typing import NDArray
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.serving.protocol import PixelType
 
-_LINE = 200
-_MOST_EXPLAINED = 1 << 16
-
 
 class WireError(RuntimeError):
     """A reply is not what the wire's rules say; the batch has failed. No UserError: `on_failure: nan` may cover it."""
+
+
+class NotReadyError(WireError):
+    """A server is alive, but cannot score yet, or not any more."""
 
 
 @dataclass(frozen=True)
@@ -67,43 +67,6 @@ class BatchScores:
     errors: Mapping[int, str] = field(default_factory=dict)
 
 
-def short(text: str) -> str:
-    """Makes what a server said safe and small enough for a message.
-
-    Args:
-        text: Anything.
-
-    Returns:
-        One line of printable characters, at most about 200 of them.
-    """
-    start = text[: 4 * _LINE]
-    line = " ".join("".join(c if c.isprintable() else " " for c in start).split())
-    return line if len(line) <= _LINE and len(text) <= 4 * _LINE else f"{line[:_LINE]}..."
-
-
-def explained(body: bytes) -> str:
-    """Finds what an error's body says: the text of a JSON object, or the last line of a traceback.
-
-    Args:
-        body: Anything.
-
-    Returns:
-        One line of printable text; empty if there is none.
-    """
-    text = body[:_MOST_EXPLAINED].decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-    # A deep nest of brackets is a RecursionError.
-    except (ValueError, RecursionError):
-        found = None
-    while isinstance(found, Mapping):
-        found = next((found[key] for key in ("error", "detail", "message") if key in found), None)
-    if isinstance(found, str):
-        return short(found)
-    lines = [line for line in text.splitlines() if line.strip()]
-    return short(lines[-1]) if lines else ""
-
-
 class Wire(ABC):
     """One way to speak to a server about one reward. Holds no connection and no state of a call: threads share it."""
 
@@ -114,7 +77,21 @@ class Wire(ABC):
     extra_names: tuple[str, ...] = ()
     """Names of further scores that it reports."""
     max_items: int | None = None
-    """Most pictures of one request; a larger batch must be split. None if the wire knows no bound."""
+    """Most pictures of one request; larger batches are cut. None if the wire knows no bound."""
+
+    def most_items(self, batch: Batch) -> int:
+        """Says how many of these pictures one request may hold; the answer must not depend on the server asked.
+
+        Args:
+            batch: The pictures.
+
+        Returns:
+            The number, from 1 up; larger batches are cut.
+
+        Raises:
+            UserError: If a picture is too large for a request of its own.
+        """
+        return min(len(batch.prompts), self.max_items or len(batch.prompts))
 
     def probe(self) -> HttpRequest | None:
         """What asks a server whether it is ready; None if such servers cannot be asked (a connection must do)."""
@@ -127,7 +104,9 @@ class Wire(ABC):
             body: The answer, status 200.
 
         Raises:
-            WireError: If the server is not ready.
+            NotReadyError: If the server is not ready: it is asked again.
+            UserError: If it is a server of another kind.
+            WireError: If the answer cannot be read.
         """
 
     def roster(self) -> HttpRequest | None:
@@ -169,17 +148,6 @@ class Wire(ABC):
             UserError: If the server refuses a prompt.
             WireError: If the answer cannot be read.
         """
-
-    def explain(self, body: bytes) -> str:
-        """Says in a few words what an answer of another status than 200 means, for a message.
-
-        Args:
-            body: The answer; anything at all.
-
-        Returns:
-            One line of printable text; empty if the answer says nothing.
-        """
-        return explained(body)
 
     @abstractmethod
     def request(self, batch: Batch) -> HttpRequest:

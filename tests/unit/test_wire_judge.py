@@ -1,4 +1,4 @@
-"""Judges behind the chat API: closed forms of the probability of yes, numbers in texts, requests as servers see them."""
+"""Judges behind the chat API: closed forms of the probability of yes, numbers in texts, what servers are sent."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_models_are_those_of_the_server() -> None:
     def models(*names: str) -> bytes:
         return json.dumps({"data": [{"id": name} for name in names]}).encode()
 
-    wire = make_wire("openai", "vqa")
+    wire = make_wire("openai", "vqa", {})
     with pytest.raises(UserError, match="does not know which model to ask"):
         wire.request(ONE)
     with pytest.raises(UserError, match="has the models a, b. Say which one judges: model"):

@@ -141,27 +141,9 @@ LEAVES = (
 )
 KEYS = st.sampled_from(
     [
-        "scores",
-        "rewards",
-        "outputs",
-        "strict_rewards",
-        "results",
-        "errors",
-        "identities",
-        "x",
-        "request_id",
-        "choices",
-        "logprobs",
-        "content",
-        "top_logprobs",
-        "token",
-        "logprob",
-        "message",
-        "status",
-        "state",
-        "data",
-        "id",
-        "error",
+        *("scores", "rewards", "outputs", "strict_rewards", "results", "errors", "identities", "x", "request_id"),
+        *("choices", "logprobs", "content", "top_logprobs", "token", "logprob", "message", "status", "state", "data"),
+        *("id", "error"),
     ]
 )
 TREES = st.recursive(
@@ -192,7 +174,6 @@ def test_any_reply_is_scores_or_an_error(tree: Any, alone: bool) -> None:
         for accept in (wire.accept_probe, wire.accept_roster):
             with contextlib.suppress(WireError, UserError):
                 accept(as_json(tree))
-        assert wire.explain(encode(tree)).isprintable()
     for score in ("yes" if alone else "yes_ratio", "number"):
         judge = make_wire("openai", "x", {"model": "m", "score": score})
         check_outcome(lambda judge=judge: judge.parse(ONE, as_json(tree)), 1)

@@ -1,4 +1,4 @@
-"""Wires for servers that exist already, by name."""
+"""The kinds of servers, by name."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WIRES: Mapping[str, str] = {
 """Wires that go by a short name, and their import paths."""
 
 
-def make_wire(name: str, reward: str, options: Mapping[str, Any] | None = None) -> Wire:
-    """Finds a wire, and makes it.
+def make_wire(name: str, reward: str, options: Mapping[str, Any]) -> Wire:
+    """Makes a wire.
 
     Args:
-        name: A name in `WIRES`, or an import path "package.module:Class".
-        reward: The reward's name in configurations and logs, the first argument of every wire.
-        options: Further arguments of the wire's class.
+        name: A name in `WIRES`, or an import path "package.module:name" of a class.
+        reward: Name of the reward on the server; for a class that has the argument `reward`.
+        options: Its other arguments.
 
     Returns:
         The wire.
@@ -35,36 +35,39 @@ def make_wire(name: str, reward: str, options: Mapping[str, Any] | None = None) 
     Raises:
         UserError: If there is none of that name, or it does not take these options.
     """
-    found = _find(name)
-    given = options or {}
-    parameters = list(inspect.signature(found).parameters.values())[1:]
-    known = [parameter.name for parameter in parameters]
-    for key in given:
+    found = _class_of(name)
+    known = [key for key in inspect.signature(found).parameters if key != "reward"]
+    for key in options:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"The wire {name!r} has no option {key!r}; it has {', '.join(known) or 'none'}.{hint}")
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
+            raise UserError(
+                f"The reward {reward!r} has no option {key!r}; beside those of all remote rewards, the wire {name!r} "
+                f"has {', '.join(known) or 'none'}.{hint}"
+            )
+    needs_name = "reward" in inspect.signature(found).parameters
+    missing = [
+        key
+        for key, parameter in inspect.signature(found).parameters.items()
+        if parameter.default is parameter.empty and key not in options and key != "reward"
+    ]
     if missing:
-        raise UserError(f"The wire {name!r} needs the option {missing[0]!r}. Give it among the wire's options.")
-    return found(reward, **given)
+        raise UserError(f"The wire {name!r} of the reward {reward!r} needs the option {missing[0]!r}. Give it.")
+    return found(**({"reward": reward} if needs_name else {}), **options)
 
 
-def _find(name: str) -> Any:
+def _class_of(name: str) -> type[Wire]:
     module, _, attribute = WIRES.get(name, name).partition(":")
+    rule = f"built in are {', '.join(WIRES)}, and others go as 'package.module:name' of a class derived from Wire"
     if not attribute:
         close = difflib.get_close_matches(name, WIRES, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Check the spelling."
         raise UserError(
-            f"There is no wire {name!r}; there are {', '.join(WIRES)}, and others go as 'package.module:Class'. {hint}"
+            f"There is no wire {name!r}; {rule}. " + (f"Did you mean {close[0]!r}?" if close else "Check the spelling.")
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"The wire {name!r} cannot be imported ({error}). The module must be importable from where you run: check "
-            "the name, or put its folder on PYTHONPATH."
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Wire)):
-        raise UserError(f"The wire {name!r} is no class derived from calibri_lightning.remote.wire.Wire. Correct it.")
+        raise UserError(f"The wire {name!r} cannot be imported ({error}); {rule}. Check the name.") from error
+    if not isinstance(found, type) or not issubclass(found, Wire):
+        raise UserError(f"The wire {name!r} is a {type(found).__name__}; {rule}.")
     return found

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibri_lightning.errors import UserError
-from calibri_lightning.remote.wire import WireError, short
+from calibri_lightning.remote.errors import sanitised
+from calibri_lightning.remote.wire import WireError
 from calibri_lightning.remote.wires.replies import kind, mapping, number, told
 
 _MOST_TEXT = 1 << 16
@@ -80,15 +81,15 @@ def chosen(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
     content = mapping(logprobs, "logprobs").get("content") if logprobs is not None else None
     if not isinstance(content, list) or not content:
         raise WireError(
-            "The reply has no log-probabilities. The server must give them for chat completions, 20 a token; with one "
-            "that does not, ask for a number (score: number)."
+            "the reply has no log-probabilities. The server must give them for chat completions, 20 a token; with one "
+            "that does not, ask for a number (score: number)"
         )
     listed = mapping(content[0], "logprobs.content[0]").get("top_logprobs")
     if not isinstance(listed, list):
-        raise WireError(f"top_logprobs is {kind(listed)}; the rule is a list of tokens.")
-    tokens = [_token(mapping(entry, "A token of top_logprobs")) for entry in listed]
+        raise WireError(f"top_logprobs is {kind(listed)}; the rule is a list of tokens")
+    tokens = [_token(mapping(entry, "a token of top_logprobs")) for entry in listed]
     if sum(math.exp(logprob) for _, logprob in tokens) > 1 + _TOLERANCE:
-        raise WireError("The probabilities in top_logprobs sum up to more than 1.")
+        raise WireError("the probabilities in top_logprobs sum up to more than 1")
     return tokens
 
 
@@ -110,7 +111,7 @@ def probability_of_yes(tokens: Sequence[tuple[str, float]], alone: bool) -> tupl
     no = _logsumexp([logprob for word, logprob in words if word == "no"])
     if max(yes, no) == -math.inf:
         likeliest = sorted(tokens, key=lambda token: -token[1])[:5]
-        seen = ", ".join(repr(short(token)) for token, _ in likeliest) or "none"
+        seen = ", ".join(repr(sanitised(token)) for token, _ in likeliest) or "none"
         return math.nan, f"neither yes nor no is among the likely first tokens: {seen}"
     if alone:
         return math.exp(min(yes, 0.0)), ""
@@ -133,11 +134,11 @@ def written(choice: Mapping[str, Any], rule: NumberRule) -> tuple[float, str]:
     """
     text = mapping(choice.get("message"), "message").get("content")
     if not isinstance(text, str):
-        raise WireError(f"The content of the message is {kind(text)}; the rule is a text.")
+        raise WireError(f"the content of the message is {kind(text)}; the rule is a text")
     matches = list(rule.pattern.finditer(text[-_MOST_TEXT:]))
     if not matches:
         cut = " The answer was cut: raise max_tokens." if choice.get("finish_reason") == "length" else ""
-        return math.nan, f"no score in the answer, which ends with {short(text[-100:])!r}.{cut}"
+        return math.nan, f"no score in the answer, which ends with {sanitised(text[-100:])!r}.{cut}"
     try:
         value = float(matches[-1].group(1))
     # The group may have matched no digits, or nothing at all.
@@ -151,11 +152,11 @@ def written(choice: Mapping[str, Any], rule: NumberRule) -> tuple[float, str]:
 def _token(entry: Mapping[str, Any]) -> tuple[str, float]:
     token, logprob = entry.get("token"), entry.get("logprob")
     if not isinstance(token, str):
-        raise WireError(f"A token of top_logprobs is {kind(token)}; the rule is a text.")
+        raise WireError(f"a token of top_logprobs is {kind(token)}; the rule is a text")
     # JSON has no -Infinity; null stands for it in some servers.
-    value = -math.inf if logprob is None else number(logprob, "A log-probability")
+    value = -math.inf if logprob is None else number(logprob, "a log-probability")
     if value > _TOLERANCE:
-        raise WireError(f"A log-probability is {value}; the rule is 0 or less.")
+        raise WireError(f"a log-probability is {value}; the rule is 0 or less")
     return token, -math.inf if value <= _UNLIKELY else value
 
 

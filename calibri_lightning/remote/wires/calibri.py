@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Literal
 
 from calibri_lightning.remote import plain_pickle
-from calibri_lightning.remote.wire import Batch, BatchScores, HttpRequest, Wire, explained
+from calibri_lightning.remote.wire import Batch, BatchScores, HttpRequest, Wire
 from calibri_lightning.remote.wires.bodies import jpegs, texts
 from calibri_lightning.remote.wires.options import check_choice
-from calibri_lightning.remote.wires.replies import mapping, needed, numbers, told
+from calibri_lightning.remote.wires.replies import mapping, needed, numbers
 
 Task = Literal["quality", "aesthetics"]
 
@@ -65,20 +65,5 @@ class CalibriWire(Wire):
         Raises:
             WireError: If the answer is no pickle of one finite score for each picture.
         """
-        reply = mapping(plain_pickle.loads(body), "The reply")
+        reply = mapping(plain_pickle.loads(body), "the reply")
         return BatchScores({self._reward: numbers(needed(reply, "scores"), len(batch.prompts), "scores")})
-
-    def explain(self, body: bytes) -> str:
-        """Reads the text of an error, which these servers pickle, too.
-
-        Args:
-            body: The answer.
-
-        Returns:
-            One line of printable text.
-        """
-        try:
-            reply = plain_pickle.loads(body)
-        except plain_pickle.PlainPickleError:
-            return explained(body)
-        return told(reply["error"]) if isinstance(reply, dict) and "error" in reply else ""

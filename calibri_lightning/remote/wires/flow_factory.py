@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Literal
 
-from calibri_lightning.remote.wire import Batch, BatchScores, HttpRequest, Wire, WireError
+from calibri_lightning.remote.wire import Batch, BatchScores, HttpRequest, NotReadyError, Wire, WireError
 from calibri_lightning.remote.wires.bodies import pngs, texts
 from calibri_lightning.remote.wires.options import check_choice
 from calibri_lightning.remote.wires.replies import mapping, needed, numbers, read_json, told
@@ -54,11 +54,12 @@ class FlowFactoryWire(Wire):
             body: The answer.
 
         Raises:
-            WireError: If it is not ok.
+            NotReadyError: If it is not ok.
+            WireError: If it cannot be read.
         """
-        status = mapping(read_json(body), "The answer of /health").get("status")
+        status = mapping(read_json(body), "the answer of /health").get("status")
         if status != "ok":
-            raise WireError(f"The server says of its health {told(status)!r}, not 'ok'.")
+            raise NotReadyError(f"the server says of its health {told(status)!r}, not 'ok'")
 
     def request(self, batch: Batch) -> HttpRequest:
         """Asks for the scores of a batch.
@@ -89,7 +90,7 @@ class FlowFactoryWire(Wire):
         Raises:
             WireError: If the answer names an error, or is not one finite score for each picture.
         """
-        reply = mapping(read_json(body), "The reply")
+        reply = mapping(read_json(body), "the reply")
         if reply.get("error"):
-            raise WireError(f"The server says: {told(reply['error'])}.")
+            raise WireError(f"the server says: {told(reply['error'])}")
         return BatchScores({self._reward: numbers(needed(reply, "rewards"), len(batch.prompts), "rewards")})

@@ -93,7 +93,7 @@ class FlowGrpoWire(Wire):
         Raises:
             WireError: If the answer is no pickle of one finite score for each picture.
         """
-        reply = mapping(plain_pickle.loads(body), "The reply")
+        reply = mapping(plain_pickle.loads(body), "the reply")
         keys = {self._reward: self._key, **self._extras}
         return BatchScores({name: numbers(needed(reply, key), len(batch.prompts), key) for name, key in keys.items()})
 

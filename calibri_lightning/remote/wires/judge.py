@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from calibri_lightning.errors import UserError
-from calibri_lightning.remote.wire import Batch, BatchScores, HttpRequest, Wire, WireError, short
+from calibri_lightning.remote.errors import sanitised
+from calibri_lightning.remote.wire import Batch, BatchScores, HttpRequest, Wire, WireError
 from calibri_lightning.remote.wires.answers import NumberRule, chosen, probability_of_yes, written
 from calibri_lightning.remote.wires.bodies import pngs
 from calibri_lightning.remote.wires.options import check_choice, check_integer
@@ -107,17 +108,17 @@ class JudgeWire(Wire):
             UserError: If the model is not among them, or none was named and they are several.
             WireError: If the answer cannot be read.
         """
-        listed = needed(mapping(read_json(body), "The answer of /v1/models"), "data")
-        found = [mapping(entry, "A model").get("id") for entry in listed] if isinstance(listed, list) else []
+        listed = needed(mapping(read_json(body), "the answer of /v1/models"), "data")
+        found = [mapping(entry, "a model").get("id") for entry in listed] if isinstance(listed, list) else []
         names = [name for name in found if isinstance(name, str)]
         if not names or len(names) != len(found):
-            raise WireError("The server does not say which models it has: data must be a list of objects with an id.")
+            raise WireError("the server does not say which models it has: data must be a list of objects with an id")
         if self._model is None and len(names) > 1:
-            raise UserError(f"The server has the models {short(', '.join(names))}. Say which one judges: model.")
+            raise UserError(f"The server has the models {sanitised(', '.join(names))}. Say which one judges: model.")
         if self._model is not None and self._model not in names:
             raise UserError(
-                f"The server has no model {self._model!r}; it has {short(', '.join(names))}. Correct the option model, "
-                "or start the server with it; all servers of a reward must have the same one."
+                f"The server has no model {self._model!r}; it has {sanitised(', '.join(names))}. Correct the option "
+                "model, or start the server with it; all servers of a reward must have the same one."
             )
         self._model = names[0] if self._model is None else self._model
 
@@ -167,7 +168,7 @@ class JudgeWire(Wire):
         Raises:
             WireError: If the answer is no chat completion, or has no log-probabilities.
         """
-        reply = mapping(read_json(body), "The reply")
+        reply = mapping(read_json(body), "the reply")
         choice = mapping(entries(needed(reply, "choices"), 1, "choices")[0], "choices[0]")
         if self._score == "number":
             score, reason = written(choice, self._rule)

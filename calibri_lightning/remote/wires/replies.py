@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibri_lightning.remote.wire import WireError, short
+from calibri_lightning.remote.errors import sanitised
+from calibri_lightning.remote.wire import WireError
 
 _MOST_BYTES = 4 << 20
 _MOST = float(np.finfo(np.float32).max)
@@ -30,12 +31,12 @@ def read_json(body: bytes) -> object:
         WireError: If it is no JSON, as which NaN and Infinity do not count, or too large.
     """
     if len(body) > _MOST_BYTES:
-        raise WireError(f"The reply has {len(body)} bytes; scores need no more than {_MOST_BYTES}.")
+        raise WireError(f"the reply has {len(body)} bytes; scores need no more than {_MOST_BYTES}")
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_no_number)
     # Deep nests are a RecursionError, bytes that are no UTF-8 a ValueError.
     except (ValueError, RecursionError) as error:
-        raise WireError(f"The reply is no JSON ({type(error).__name__}: {str(error)[:100]}).") from error
+        raise WireError(f"the reply is no JSON ({type(error).__name__}: {str(error)[:100]})") from error
 
 
 def mapping(value: object, what: str) -> Mapping[str, Any]:
@@ -52,7 +53,7 @@ def mapping(value: object, what: str) -> Mapping[str, Any]:
         WireError: If it is something else.
     """
     if not isinstance(value, Mapping):
-        raise WireError(f"{what} is {kind(value)}; the rule is an object with keys.")
+        raise WireError(f"{what} is {kind(value)}; the rule is an object with keys")
     return value
 
 
@@ -71,9 +72,9 @@ def entries(value: object, count: int, what: str) -> list[Any]:
         WireError: If it is something else, or of another length.
     """
     if not isinstance(value, list | tuple):
-        raise WireError(f"{what} is {kind(value)}; the rule is a list with one entry for each picture.")
+        raise WireError(f"{what} is {kind(value)}; the rule is a list with one entry for each picture")
     if len(value) != count:
-        raise WireError(f"{what} has {len(value)} entries for {count} pictures.")
+        raise WireError(f"{what} has {len(value)} entries for {count} pictures")
     return list(value)
 
 
@@ -91,12 +92,10 @@ def number(value: object, what: str) -> float:
         WireError: If it is no finite number that float32 can hold; true and "1.0" are none.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise WireError(f"{what} is {kind(value)}; the rule is a number.")
+        raise WireError(f"{what} is {kind(value)}; the rule is a number")
     # Compared as it is: an integer of a thousand digits has no float.
     if (isinstance(value, float) and not math.isfinite(value)) or abs(value) > _MOST:
-        raise WireError(
-            f"{what} is {value if isinstance(value, float) else 'an integer'}; the rule is a finite number."
-        )
+        raise WireError(f"{what} is {value if isinstance(value, float) else 'an integer'}; the rule is a finite number")
     return float(value)
 
 
@@ -133,7 +132,7 @@ def needed(found: Mapping[str, Any], key: str) -> Any:
     """
     if key not in found:
         there = ", ".join(str(name)[:40] for name in list(found)[:8]) or "none"
-        raise WireError(f"The reply has no key {key!r}; it has {there}.")
+        raise WireError(f"the reply has no key {key!r}; it has {there}")
     return found[key]
 
 
@@ -158,7 +157,7 @@ def told(value: object) -> str:
     Returns:
         One line of printable text; of what is no text, its type alone.
     """
-    return short(value) if isinstance(value, str) else kind(value)
+    return sanitised(value) if isinstance(value, str) else kind(value)
 
 
 def _no_number(name: str) -> None:

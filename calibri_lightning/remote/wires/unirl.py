@@ -15,7 +15,8 @@ import numpy as np
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
-from calibri_lightning.remote.wire import Batch, BatchScores, HttpRequest, Wire, WireError, short
+from calibri_lightning.remote.errors import sanitised
+from calibri_lightning.remote.wire import Batch, BatchScores, HttpRequest, NotReadyError, Wire, WireError
 from calibri_lightning.remote.wires.bodies import plain_metadata, pngs
 from calibri_lightning.remote.wires.replies import entries, kind, mapping, needed, number, read_json, told
 
@@ -28,14 +29,11 @@ class UniRLWire(Wire):
 
     name = "unirl"
 
-    def __init__(
-        self, reward: str, served_as: str | None = None, metric: str | None = None, extra_metrics: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, reward: str, metric: str | None = None, extra_metrics: Sequence[str] = ()) -> None:
         """Sets it up.
 
         Args:
-            reward: Name of the reward.
-            served_as: Its name on the server; the same if left out.
+            reward: Name of the reward on the server.
             metric: The sub-score that is optimised; if left out, the only one or the one named as the reward.
             extra_metrics: Further sub-scores to report.
 
@@ -46,7 +44,7 @@ class UniRLWire(Wire):
             raise UserError(
                 f"The option extra_metrics of the wire {self.name!r} is {extra_metrics!r}; it must be a list of names."
             )
-        self._reward, self._served, self._metric = reward, served_as or reward, metric
+        self._reward, self._metric = reward, metric
         self._extras = {f"{reward}_{extra}".lower().replace(" ", "_"): extra for extra in extra_metrics}
         self.extra_names = tuple(self._extras)
 
@@ -65,13 +63,14 @@ class UniRLWire(Wire):
             body: The answer.
 
         Raises:
-            WireError: If it is not ok, or the scorer is not loaded.
+            NotReadyError: If it is not ok, or the scorer is not loaded.
+            WireError: If it cannot be read.
         """
-        health = mapping(read_json(body), "The answer of /health")
+        health = mapping(read_json(body), "the answer of /health")
         if health.get("status") != "ok":
-            raise WireError(f"The server says of its health {told(health.get('status'))!r}, not 'ok'.")
+            raise NotReadyError(f"the server says of its health {told(health.get('status'))!r}, not 'ok'")
         if told(health.get("state")) in _NOT_SCORING:
-            raise WireError(f"The server's scorer is {health['state']}.")
+            raise NotReadyError(f"the server's scorer is {health['state']}")
 
     def roster(self) -> HttpRequest:
         """Asks which rewards the server has.
@@ -91,13 +90,13 @@ class UniRLWire(Wire):
             UserError: If this reward is not among them.
             WireError: If the answer cannot be read.
         """
-        names = needed(mapping(read_json(body), "The answer of /rewards"), "rewards")
+        names = needed(mapping(read_json(body), "the answer of /rewards"), "rewards")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise WireError(f"The rewards of the server are {kind(names)}; the rule is a list of names.")
-        if self._served not in names:
+            raise WireError(f"the rewards of the server are {kind(names)}; the rule is a list of names")
+        if self._reward not in names:
             raise UserError(
-                f"The server has no reward {self._served!r}; it has {short(', '.join(names)) or 'none'}. Enable it "
-                "there, or say by which of these names it goes: served_as."
+                f"The server has no reward {self._reward!r}; it has {sanitised(', '.join(names)) or 'none'}. Enable it "
+                "there, or say by which of these names it goes: reward."
             )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -124,7 +123,7 @@ class UniRLWire(Wire):
         asked = [
             {
                 "history": [{"text": prompt.text, "image_b64": picture}],
-                "required_rewards": [self._served],
+                "required_rewards": [self._reward],
                 "metadata": plain_metadata(prompt) or None,
                 # Comes back, from servers that are new enough.
                 "request_id": str(index),
@@ -147,7 +146,7 @@ class UniRLWire(Wire):
             UserError: If there are several sub-scores, and none was chosen.
             WireError: If the answer has no entry for each picture, in their order, with a score or an error.
         """
-        reply, count = mapping(read_json(body), "The reply"), len(batch.prompts)
+        reply, count = mapping(read_json(body), "the reply"), len(batch.prompts)
         _check_order(reply.get("identities"), count)
         results = entries(needed(reply, "results"), count, "results")
         failures = entries(reply.get("errors") or [{}] * count, count, "errors")
@@ -156,10 +155,10 @@ class UniRLWire(Wire):
         errors = {}
         for index, (result, failed) in enumerate(zip(results, failures, strict=True)):
             where = f"results[{index}]"
-            found = mapping(result, where).get(self._served)
-            reason = mapping(failed, f"errors[{index}]").get(self._served)
+            found = mapping(result, where).get(self._reward)
+            reason = mapping(failed, f"errors[{index}]").get(self._reward)
             if reason is None and found is None:
-                raise WireError(f"{where} has neither a score nor an error of {self._served!r}.")
+                raise WireError(f"{where} has neither a score nor an error of {self._reward!r}")
             values = {} if reason is not None else self._values(mapping(found, where), where)
             unknown = [name for name, value in values.items() if math.isnan(value)]
             if reason is not None or unknown:
@@ -181,13 +180,13 @@ class UniRLWire(Wire):
         if self._metric is not None:
             return self._metric
         if not found:
-            raise WireError(f"{where} has no sub-score of {self._served!r}.")
-        if self._served not in found and len(found) > 1:
+            raise WireError(f"{where} has no sub-score of {self._reward!r}")
+        if self._reward not in found and len(found) > 1:
             raise UserError(
-                f"The reward {self._served!r} of the server has the sub-scores {short(', '.join(found))}. Say which is "
-                "optimised: metric."
+                f"The reward {self._reward!r} of the server has the sub-scores {sanitised(', '.join(found))}. Say which "
+                "is optimised: metric."
             )
-        return self._served if self._served in found else next(iter(found))
+        return self._reward if self._reward in found else next(iter(found))
 
 
 def _check_order(identities: object, count: int) -> None:
@@ -197,4 +196,4 @@ def _check_order(identities: object, count: int) -> None:
     for index, identity in enumerate(entries(identities, count, "identities")):
         back = mapping(identity, f"identities[{index}]").get("request_id")
         if back is not None and back != str(index):
-            raise WireError(f"The reply is mixed up: place {index} answers request {told(back)!r}.")
+            raise WireError(f"the reply is mixed up: place {index} answers request {told(back)!r}")
