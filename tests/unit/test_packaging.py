@@ -72,9 +72,9 @@ def pickle_uses(tree: ast.Module) -> set[str]:
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "pickle"]
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.value in names]
     aliases = [node for node in ast.walk(tree) if isinstance(node, ast.alias) and node.name.startswith("pickle.")]
-    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "pickle"]
+    from_it = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "pickle"]
     renamed = [node for node in ast.walk(tree) if isinstance(node, ast.alias) and node.name == "pickle" and node.asname]
-    other = len(names) != len(attributes) or aliases or froms or renamed
+    other = len(names) != len(attributes) or aliases or from_it or renamed
     return {ast.unparse(node) for node in attributes} | ({"pickle"} if other else set())
 
 

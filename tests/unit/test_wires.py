@@ -148,7 +148,7 @@ def test_unirl_chooses_the_only_sub_score_or_its_namesake() -> None:
     batch, wire = peers.make_batch(1), make_wire("unirl", "wise", {})
     assert wire.parse(batch, unirl_reply({"anything": 2.5})).scores["wise"] == [2.5]
     assert wire.parse(batch, unirl_reply({"realism": 1.0, "wise": 2.5})).scores["wise"] == [2.5]
-    with pytest.raises(UserError, match=r"sub-scores realism, consistency.*Say which is optimised: metric"):
+    with pytest.raises(UserError, match=r"sub-scores: realism, consistency.*Say which is optimised: metric"):
         wire.parse(batch, unirl_reply({"realism": 1.0, "consistency": 2.5}))
     with pytest.raises(WireError, match="no sub-score"):
         wire.parse(batch, unirl_reply({}))
@@ -161,6 +161,8 @@ def test_unirl_makes_null_nan_and_sees_what_is_mixed_up() -> None:
     found = wire.parse(batch, unirl_reply({"wise": None}, {"wise": 3}))
     np.testing.assert_array_equal(found.scores["wise"], [np.nan, 3])
     assert found.errors == {0: "no number for wise"}
+    silent = json.dumps({"results": [{}, {"wise": {"wise": 3}}], "errors": [{"wise": ""}, {}]}).encode()
+    assert wire.parse(batch, silent).errors == {0: "no reason given"}
     swapped = [{"request_id": "1"}, {"request_id": "0"}]
     with pytest.raises(WireError, match="mixed up: place 0 answers request '1'"):
         wire.parse(batch, unirl_reply({"wise": 2}, {"wise": 3}, identities=swapped))
@@ -226,6 +228,7 @@ def test_wires_go_by_name_or_path() -> None:
         ("flow-grpo", {"key": "group_rewards"}, "must be one of scores, rewards, strict_rewards, outputs"),
         ("flow-factory", {"fields": "both"}, "must be one of client, template"),
         ("unirl", {"extra_metrics": "Realism"}, "must be a list of names"),
+        ("unirl", {"extra_metrics": 3}, "must be a list of names"),
     ],
 )
 def test_mistakes_in_options_are_named(name: str, options: dict[str, Any], message: str) -> None:

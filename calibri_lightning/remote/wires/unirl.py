@@ -40,7 +40,8 @@ class UniRLWire(Wire):
         Raises:
             UserError: If the further sub-scores are no list of names.
         """
-        if isinstance(extra_metrics, str) or not all(isinstance(extra, str) for extra in extra_metrics):
+        listed = isinstance(extra_metrics, list | tuple)
+        if not listed or not all(isinstance(extra, str) for extra in extra_metrics):
             raise UserError(
                 f"The option extra_metrics of the wire {self.name!r} is {extra_metrics!r}; it must be a list of names."
             )
@@ -162,7 +163,9 @@ class UniRLWire(Wire):
             values = {} if reason is not None else self._values(mapping(found, where), where)
             unknown = [name for name, value in values.items() if math.isnan(value)]
             if reason is not None or unknown:
-                errors[index] = told(reason) if reason is not None else f"no number for {', '.join(unknown)}"
+                errors[index] = (
+                    f"no number for {', '.join(unknown)}" if reason is None else told(reason) or "no reason given"
+                )
             for name, value in values.items():
                 scores[name][index] = value
         return BatchScores(scores, errors)
@@ -170,10 +173,10 @@ class UniRLWire(Wire):
     def _values(self, found: Mapping[str, Any], where: str) -> dict[str, float]:
         """The sub-scores that were asked for; null, which pydantic makes of a NaN, is NaN again."""
         keys = {self._reward: self._choose(found, where), **self._extras}
-        told = {name: needed(found, key) for name, key in keys.items()}
+        values = {name: needed(found, key) for name, key in keys.items()}
         return {
             name: math.nan if value is None else number(value, f"{where} {keys[name]!r}")
-            for name, value in told.items()
+            for name, value in values.items()
         }
 
     def _choose(self, found: Mapping[str, Any], where: str) -> str:
@@ -183,8 +186,8 @@ class UniRLWire(Wire):
             raise WireError(f"{where} has no sub-score of {self._reward!r}")
         if self._reward not in found and len(found) > 1:
             raise UserError(
-                f"The reward {self._reward!r} of the server has the sub-scores {sanitised(', '.join(found))}. Say which "
-                "is optimised: metric."
+                f"The reward {self._reward!r} of the server has several sub-scores: {sanitised(', '.join(found))}. Say "
+                "which is optimised: metric."
             )
         return self._reward if self._reward in found else next(iter(found))
 
