@@ -78,6 +78,8 @@ class Wire(ABC):
     """Names of further scores that it reports; a wire may learn them from the roster, too."""
     takes_frames: bool = False
     """Whether it scores videos; others are given the middle frame."""
+    max_items: int | None = None
+    """Most pictures of one request; larger batches are cut. None if the wire knows no bound."""
 
     def describe(self) -> RewardInfo | None:
         """Says what scores, once the roster has been read; None if such servers do not say."""
@@ -95,7 +97,7 @@ class Wire(ABC):
         Raises:
             UserError: If a picture is too large for a request of its own.
         """
-        return len(batch.prompts)
+        return min(len(batch.prompts), self.max_items or len(batch.prompts))
 
     def probe(self) -> HttpRequest | None:
         """What asks a server whether it is ready; None if such servers cannot be asked (a connection must do)."""
@@ -136,6 +138,9 @@ class Wire(ABC):
 
         Returns:
             The request; None if such servers cannot be asked.
+
+        Raises:
+            UserError: If the wire sees by itself that a prompt cannot be scored.
         """
         return None
 

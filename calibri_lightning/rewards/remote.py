@@ -6,7 +6,9 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,7 @@ class RemoteReward(Reward):
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
         self._connection: tuple[Pool, Wire] | None = None
+        self._threads: ThreadPoolExecutor | None = None
         # Refuses wrong options now, not after a model was loaded; the name it will go by may still be unknown.
         self._make_wire()
 
@@ -167,16 +170,29 @@ class RemoteReward(Reward):
             return {name: images.new_zeros(0) for name in (self.name, *self.extra_names)}
         pixels = _pixels(images, wire.pixels)
         most = wire.most_items(Batch(pixels, prompts))
-        parts = [
-            pool.score(pixels[start : start + most], prompts[start : start + most])
-            for start in range(0, len(prompts), most)
-        ]
+        places = [slice(start, start + most) for start in range(0, len(prompts), most)]
+        parts = self._together([partial(pool.score, pixels[place], prompts[place]) for place in places])
         for part in parts:
             self._tell(part)
         own = next(iter(parts[0].scores))
         names = {self.name: own, **{name: name for name in self.extra_names}}
         joined = {name: np.concatenate([part.scores[theirs] for part in parts]) for name, theirs in names.items()}
         return {name: torch.from_numpy(values).to(images.device, torch.float32) for name, values in joined.items()}
+
+    def _together(self, requests: Sequence[Callable[[], BatchScores]]) -> list[BatchScores]:
+        """Sends the requests of a batch, as many at a time as the servers take; the answers in their order."""
+        if len(requests) == 1 or self.concurrency == 1:
+            return [request() for request in requests]
+        with self._lock:
+            if self._threads is None:
+                # Shared by all batches, so that many at once send no more than one.
+                self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="calibri-remote")
+        sent = [self._threads.submit(request) for request in requests]
+        try:
+            return [answer.result() for answer in sent]
+        finally:
+            for answer in sent:
+                answer.cancel()
 
     def _connected(self) -> tuple[Pool, Wire]:
         """The servers, once all have said what they serve."""

@@ -13,6 +13,11 @@ from calibri_lightning.remote.wire import Wire
 
 WIRES: Mapping[str, str] = {
     "calibri-lightning": "calibri_lightning.remote.native:NativeWire",
+    "calibri": "calibri_lightning.remote.wires.calibri:CalibriWire",
+    "flow-grpo": "calibri_lightning.remote.wires.flow_grpo:FlowGrpoWire",
+    "flow-factory": "calibri_lightning.remote.wires.flow_factory:FlowFactoryWire",
+    "unirl": "calibri_lightning.remote.wires.unirl:UniRLWire",
+    "openai": "calibri_lightning.remote.wires.judge:JudgeWire",
 }
 """Wires that go by a short name, and their import paths."""
 
