@@ -200,6 +200,9 @@ class Transport:
         if isinstance(answer, dict):
             # `detail` is what FastAPI says.
             text = str(answer.get("error") or answer.get("detail") or text)
+        if text.startswith("Traceback "):
+            # Old servers send all of it; the last line says what went wrong.
+            text = text.strip().splitlines()[-1]
         return self._safe(text).rstrip(".") or "nothing"
 
     def _safe(self, text: str) -> str:

@@ -115,20 +115,6 @@ def answer_forms(answer: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(forms))
 
 
-def probability_among(log_probabilities: Mapping[str, float], answer: str) -> float:
-    """The probability of an answer, from the likeliest first tokens that a server reports.
-
-    Args:
-        log_probabilities: Natural logarithms by token, as text; space around a token counts for nothing.
-        answer: The answer; each of its forms is one token, or it cannot be found.
-
-    Returns:
-        The sum over the tokens that are one of its forms; 0 if none of the reported ones is.
-    """
-    forms = answer_forms(answer)
-    return min(1.0, math.fsum(math.exp(value) for token, value in log_probabilities.items() if token.strip() in forms))
-
-
 def share_of_yes(yes: float, no: float) -> float:
     """P(yes) / (P(yes) + P(no)): what Flow-Factory's `vllm_evaluate` takes (arXiv 2602.12529).
 

@@ -14,7 +14,6 @@ from calibri_lightning.rewards.questions import (
     check_template,
     fill,
     mean,
-    probability_among,
     share_of_yes,
 )
 
@@ -37,14 +36,6 @@ def test_ways_to_write_an_answer(answer: str, forms: set[str]) -> None:
     assert set(found) == forms
     assert len(found) == len(forms), "each counts once"
     assert found[0] == answer.strip()
-
-
-def test_the_probability_of_an_answer_among_reported_tokens() -> None:
-    shares = {"Yes": 0.5, " yes": 0.25, "No": 0.125, "Yesterday": 0.0625}
-    reported = {token: math.log(share) for token, share in shares.items()}
-    assert probability_among(reported, "Yes") == pytest.approx(0.75)
-    assert probability_among(reported, "no") == pytest.approx(0.125)
-    assert probability_among(reported, "maybe") == 0
 
 
 def test_shares_and_means() -> None:

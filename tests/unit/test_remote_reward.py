@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faulty_server import INFO, LIMITS, FaultyServer, altered, error
+from faulty_server import INFO, LIMITS, Answer, FaultyServer, altered, error
 from remote_tools import FakeTime
 
 from calibri_lightning.errors import UserError
@@ -341,3 +342,30 @@ def test_tokens_that_are_none_are_refused_without_being_told(
 )
 def test_loopback_is_told_from_other_hosts(url: str, here: bool) -> None:
     assert addresses(url)[0].on_this_machine is here
+
+
+def test_the_parts_of_a_batch_are_sent_together_and_put_back_in_order() -> None:
+    meeting = threading.Barrier(5, timeout=30)
+
+    def together(server: FaultyServer, body: bytes) -> Answer:
+        meeting.wait()  # passes only if all five are under way at the same time
+        return server.right("/v1/score", body)
+
+    with FaultyServer(limits=LIMITS.model_copy(update={"items": 1})) as server:
+        server.next(*[together] * 5)
+        assert torch.equal(RemoteReward(server.url, reward="mean", per_server=5)(IMAGES, PROMPTS), expected())
+        assert server.scored == 5
+
+
+def test_a_part_that_fails_fails_the_batch() -> None:
+    with FaultyServer(limits=LIMITS.model_copy(update={"items": 1})) as server:
+        server.next(error(500, "a poisoned picture"))
+        with pytest.raises(RemoteError, match="a poisoned picture"):
+            RemoteReward(server.url, reward="mean", per_server=3)(IMAGES, PROMPTS)
+
+
+def test_of_a_traceback_the_cause_is_told(server: FaultyServer) -> None:
+    text = "Traceback (most recent call last):\n" + "  File x\n" * 200 + "ValueError: no such key"
+    server.next(Answer(500, text.encode()))
+    with pytest.raises(RemoteError, match="ValueError: no such key"):
+        RemoteReward(server.url, reward="mean")(IMAGES, PROMPTS)

@@ -145,13 +145,13 @@ def test_a_judge_is_asked_one_picture_at_a_time() -> None:
 
 def asked(**options: Any) -> dict[str, Any]:
     wire = make_wire("openai", "vqa", {"model": "m", **options})
-    batch = Batch(ONE.pixels, [Prompt("a {prompt} {0} \u4e09", 0)])
+    batch = Batch(ONE.pixels, [Prompt("a {text} {0} \u4e09", 0)])
     return json.loads(wire.request(batch).body)  # type: ignore[no-any-return]
 
 
 def test_questions_hold_any_prompt() -> None:
     text = asked()["messages"][0]["content"][1]["text"]
-    assert text == 'Does this figure show "a {prompt} {0} \u4e09"? Please answer yes or no.'
+    assert text == 'Does this figure show "a {text} {0} \u4e09"? Please answer yes or no.'
     assert asked(question="Is it beautiful?")["messages"][0]["content"][1]["text"] == "Is it beautiful?"
     thinking = {"chat_template_kwargs": {"enable_thinking": False}}
     assert asked(extra_body=thinking)["chat_template_kwargs"] == {"enable_thinking": False}

@@ -20,11 +20,9 @@ from calibri_lightning.remote.wires.answers import NumberRule, chosen, probabili
 from calibri_lightning.remote.wires.bodies import pngs
 from calibri_lightning.remote.wires.options import check_choice, check_integer
 from calibri_lightning.remote.wires.replies import entries, mapping, needed, read_json
+from calibri_lightning.rewards.questions import VQASCORE_TEMPLATE
 
 Score = Literal["yes_ratio", "yes", "number"]
-
-QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
-"""VQAScore's question (section 3 of the paper)."""
 
 _FINAL_SCORE = r"Final Score:\s*([-+]?\d+(?:\.\d+)?)"
 _RESERVED = ("model", "messages", "temperature", "seed", "max_tokens", "logprobs", "top_logprobs", "n", "stream")
@@ -40,7 +38,7 @@ class JudgeWire(Wire):
         self,
         reward: str,
         model: str | None = None,
-        question: str = QUESTION,
+        question: str = VQASCORE_TEMPLATE,
         score: Score = "yes_ratio",
         pattern: str = _FINAL_SCORE,
         low: float = 1.0,
@@ -55,7 +53,7 @@ class JudgeWire(Wire):
         Args:
             reward: Name of the reward.
             model: The model's name on the server; may be left out where the server has a single one.
-            question: What is asked about the picture; {prompt} stands for its prompt.
+            question: What is asked about the picture; {text} stands for its prompt.
             score: `yes_ratio` for P(yes) / (P(yes) + P(no)), `yes` for P(yes) alone, `number` for a number in the text.
             pattern: With `number`, a regular expression whose first group is it; its last match counts.
             low: With `number`, the smallest one that is an answer.
@@ -141,7 +139,7 @@ class JudgeWire(Wire):
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
             # Not `format`: braces in prompts are no fields.
-            {"type": "text", "text": self._question.replace("{prompt}", batch.prompts[0].text)},
+            {"type": "text", "text": self._question.replace("{text}", batch.prompts[0].text)},
         ]
         asked: dict[str, Any] = {
             "model": self._model,
@@ -179,11 +177,11 @@ class JudgeWire(Wire):
 
 def _checked_question(question: str) -> str:
     fields = re.findall(r"\{\w+\}", question) if isinstance(question, str) else []
-    unknown = [field for field in fields if field != "{prompt}"]
+    unknown = [field for field in fields if field != "{text}"]
     if not isinstance(question, str) or not question.strip() or unknown:
         what = unknown[0] if unknown else question
         raise UserError(
-            f"The option question of the wire 'openai' has {what!r}; it must be a text, in which {{prompt}} alone is "
+            f"The option question of the wire 'openai' has {what!r}; it must be a text, in which {{text}} alone is "
             "replaced. Correct the question."
         )
     return question
