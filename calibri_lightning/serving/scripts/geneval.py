@@ -23,9 +23,9 @@
 # [tool.uv]
 # find-links = ["https://download.openmmlab.com/mmcv/dist/cu117/torch1.13/index.html"]
 # ///
-"""Serves GenEval: are the objects of the prompt there, in number, colour and place? Run as
+"""Serves GenEval: are the prompt's objects there, in number, colour and place?
 
-uv run geneval.py --detector mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth --port 8104
+Run with `uv run geneval.py --detector mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth`.
 
 Ghosh et al., arXiv 2310.11513. Mask2Former finds objects, CLIP ViT-L/14 names their colours. A prompt's metadata are
 those of GenEval's evaluation_metadata.jsonl. The score is that part of the conditions that hold (`geneval_rules`);
@@ -75,13 +75,8 @@ class GenEvalScorer(Scorer):
             config: The detector's configuration of mmdetection; by default the one of these weights.
             clip: File with the weights of CLIP ViT-L/14; by default OpenAI's, fetched.
         """
-        self.device, self._weights, self._batch_size, self._config, self._clip = (
-            device,
-            detector,
-            batch_size,
-            config,
-            clip,
-        )
+        self.device, self._weights, self._batch_size = device, detector, batch_size
+        self._config, self._clip = config, clip
         self._detector: Any = None
         self._classifier: Any = None
         self._classes: list[str] = []
