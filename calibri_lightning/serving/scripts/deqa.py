@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10,<3.12"
+# requires-python = "==3.11.*"
 # dependencies = [
 #   "transformers==4.36.1",  # what the model's authors name
 #   "accelerate==0.25.0",
@@ -112,9 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser: The command line's parser.
     """
     add_model_options(parser, batch_size=8)
-    parser.add_argument(
-        "--pretrained", default=_REPOSITORY, help=f"Hub id or folder of the model (default {_REPOSITORY})"
-    )
+    parser.add_argument("--pretrained", default=_REPOSITORY, help="Hub id or folder of the model")
     parser.add_argument(
         "--revision", type=_commit, required=True, help="commit on the Hub, 40 digits; its code is executed: read it"
     )

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10,<3.11"
+# requires-python = "==3.10.*"
 # dependencies = [
 #   "mmdet==2.28.2",
 #   "mmcv-full==1.7.2",  # with its operators compiled; the last of its line
@@ -14,7 +14,7 @@
 #   "setuptools==69.5.1",
 #   "torch==1.13.1",
 #   "torchvision==0.14.1",
-#   "fastapi==0.165.0",
+#   "fastapi==0.162.5",  # the last one for Python 3.10
 #   "prometheus-client==0.26.0",
 #   "pydantic==2.14.3",
 #   "uvicorn==0.54.0",
@@ -208,7 +208,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, batch_size=8)
     parser.add_argument("--detector", required=True, help="file with the weights of Mask2Former, .pth of mmdetection")
     parser.add_argument("--detector-config", help="its configuration; by default the one of Swin-S in mmdetection 2.28")
-    parser.add_argument("--clip", default="openai", help="file with CLIP ViT-L/14 (default openai, which is fetched)")
+    parser.add_argument("--clip", default="openai", help="file with CLIP ViT-L/14; openai is fetched")
 
 
 def make(options: argparse.Namespace) -> Scorer:

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10,<3.12"
+# requires-python = "==3.11.*"
 # dependencies = [
 #   "hpsv3==1.0.0",
 #   "transformers==4.45.2",  # hpsv3 asks for this very version
@@ -119,7 +119,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """
     add_model_options(parser, batch_size=4)
     parser.add_argument("--weights", help=f"file with the weights; by default {_FILE} of {_REPOSITORY} from the Hub")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default main)")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
 
 
 def make(options: argparse.Namespace) -> Scorer:

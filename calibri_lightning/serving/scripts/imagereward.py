@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10,<3.12"
+# requires-python = "==3.11.*"
 # dependencies = [
 #   "image-reward==1.5",
 #   "timm==0.6.13",  # image-reward asks for these versions of timm and fairscale
@@ -128,7 +128,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The command line's parser.
     """
-    parser.add_argument("--device", default="cuda", help="where the model runs: cuda, cuda:1 or cpu (default cuda)")
+    parser.add_argument("--device", default="cuda", help="where the model runs: cuda, cuda:1 or cpu")
     parser.add_argument("--weights", help="ImageReward.pt; by default from THUDM/ImageReward on the Hub")
     parser.add_argument("--med-config", help="med_config.json; by default from THUDM/ImageReward on the Hub")
 

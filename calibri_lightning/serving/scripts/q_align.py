@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10,<3.12"
+# requires-python = "==3.11.*"
 # dependencies = [
 #   "transformers==4.36.1",  # the model's own code runs on 4.36 and 4.37 only
 #   "accelerate==0.25.0",
@@ -133,16 +133,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser: The command line's parser.
     """
     add_model_options(parser, batch_size=8)
-    parser.add_argument(
-        "--task", choices=("quality", "aesthetics"), default="quality", help="what is scored (default quality)"
-    )
+    parser.add_argument("--task", choices=("quality", "aesthetics"), default="quality", help="what is scored")
     parser.add_argument("--both", action="store_true", help="report the other task beside it, at twice the time")
-    parser.add_argument(
-        "--pretrained", default=_REPOSITORY, help=f"Hub id or folder of the model (default {_REPOSITORY})"
-    )
-    parser.add_argument(
-        "--revision", default=_COMMIT, help=f"commit on the Hub; its code is executed (default {_COMMIT})"
-    )
+    parser.add_argument("--pretrained", default=_REPOSITORY, help="Hub id or folder of the model")
+    parser.add_argument("--revision", default=_COMMIT, help="commit on the Hub; its code is executed")
 
 
 def make(options: argparse.Namespace) -> Scorer:

@@ -59,12 +59,12 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
         parser: The script's parser.
         batch_size: The default number of pictures of one forward.
     """
-    parser.add_argument("--device", default="cuda", help="where the model runs: cuda, cuda:1 or cpu (default cuda)")
+    parser.add_argument("--device", default="cuda", help="where the model runs: cuda, cuda:1 or cpu")
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=batch_size,
-        help=f"pictures of one forward; more need more memory (default {batch_size})",
+        help="pictures of one forward; more need more memory",
     )
 
 
