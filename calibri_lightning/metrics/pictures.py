@@ -32,9 +32,10 @@ def to_float(images: Tensor, videos: bool = False) -> Tensor:
     if not images.is_floating_point():
         raise UserError(f"The pictures are {kind}; {rule}")
     values = images.detach().float()
-    if ((values < 0) | (values > 1)).any():
+    finite = values[values.isfinite()]
+    if ((finite < 0) | (finite > 1)).any():
         raise UserError(
-            f"The pictures have values from {values.min():g} to {values.max():g}; {rule} From -1..1 they come there by "
+            f"The pictures have values from {finite.min():g} to {finite.max():g}; {rule} From -1..1 they come there by "
             "(images + 1) / 2, and clamp(0, 1) cuts what is over."
         )
     return values
