@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import calibri_lightning
 
 HPSV3 = """
 import torch
@@ -157,3 +165,26 @@ def write_stubs(script: str, folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
+
+
+@contextmanager
+def served(script: str, folder: Path, *words: str) -> Iterator[str]:
+    """Runs a script as a file, in a process that knows this package by nothing but that file; its URL."""
+    file = Path(calibri_lightning.__file__).parent / "serving" / "scripts" / f"{script}.py"
+    kept = {name: value for name, value in os.environ.items() if name != "CALIBRI_REWARD_TOKEN"}
+    with subprocess.Popen(
+        [sys.executable, str(file), "--device", "cpu", "--port", "0", *words],
+        env=kept | {"PYTHONPATH": str(write_stubs(script, folder))},
+        cwd="/",
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            ready = next(line for line in process.stdout if line.startswith("ready on"))
+            url = re.search(r"https?://[\d.]+:\d+", ready)
+            assert url is not None, ready
+            yield url[0]
+        finally:
+            process.terminate()
+    assert process.returncode == 0

@@ -108,7 +108,7 @@ def test_it_parses_and_names_what_it_is_for(file: Path) -> None:
     config = parsed(file)
     model = config["model"]
     if file in OVERLAYS:
-        assert set(model["rewards"]) == {"my_rewards:HPSv3", "pickscore"}
+        assert set(model["rewards"]) == {"hpsv3", "pickscore"}
         return
     family = FAMILIES[file.parent.name]
     assert model["backbone"]["init_args"]["pretrained"] == family.pretrained

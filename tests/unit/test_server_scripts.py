@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from script_stubs import MODULES, write_stubs
+from script_stubs import MODULES, served, write_stubs
 
 from calibri_lightning.serving.pictures import pack
 from calibri_lightning.serving.protocol import Item, PromptText, ScoreRequest
@@ -275,32 +275,16 @@ def test_geneval_refuses_prompts_without_its_metadata(scorer: Callable[..., Scor
 def test_a_script_run_as_a_file_serves(tmp_path: Path) -> None:
     """With the real server; only the library that cannot be installed is a stub."""
     pytest.importorskip("calibri_lightning.serving.run")
-    stubs = write_stubs("hpsv3", tmp_path)
-    words = ["--device", "cpu", "--weights", "HPSv3.safetensors", "--port", "0"]
-    kept = {name: value for name, value in os.environ.items() if name != "CALIBRI_REWARD_TOKEN"}
-    command = [sys.executable, str(FOLDER / "hpsv3.py"), *words]
-    with subprocess.Popen(
-        command, env=kept | {"PYTHONPATH": str(stubs)}, cwd="/", stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        try:
-            ready = next(line for line in process.stdout if line.startswith("ready on"))
-            url = re.search(r"http://[\d.]+:\d+", ready)
-            assert url is not None, ready
-            items = [
-                Item(picture=pack(image, "raw"), prompt=prompt)
-                for image, prompt in zip(grey(7, 8), prompts("a", "bb"), strict=True)
-            ]
-            request = urllib.request.Request(
-                f"{url[0]}/v1/score",
-                ScoreRequest(reward="hpsv3", items=items).model_dump_json().encode(),
-                {"Content-Type": "application/json"},
-            )
-            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with direct.open(request, timeout=30) as answer:
-                reply = json.load(answer)
-        finally:
-            process.terminate()
+    items = [
+        Item(picture=pack(image, "raw"), prompt=prompt)
+        for image, prompt in zip(grey(7, 8), prompts("a", "bb"), strict=True)
+    ]
+    body = ScoreRequest(reward="hpsv3", items=items).model_dump_json().encode()
+    with served("hpsv3", tmp_path, "--weights", "HPSv3.safetensors") as url:
+        request = urllib.request.Request(f"{url}/v1/score", body, {"Content-Type": "application/json"})
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=30) as answer:
+            reply = json.load(answer)
     assert [result["scores"] for result in reply["results"]] == [
         {"hpsv3": 8.0, "hpsv3_sigma": 9.0},
         {"hpsv3": 10.0, "hpsv3_sigma": 9.0},
