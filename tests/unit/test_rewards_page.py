@@ -24,10 +24,10 @@ def test_hpsv3_in_an_environment_of_its_own_as_the_overlay_has_it(
     write_prompts(tmp_path)
     [file] = OVERLAYS
     given = parsed(file)["model"]["rewards"]["hpsv3"]
-    assert (given.reward, given.weight, set(given.options)) == ("remote", 1.0, {"urls", "extra_names"})
+    assert (given["reward"], given["weight"], set(given["options"])) == ("remote", 1.0, {"urls", "extra_names"})
     lively(FAMILIES[UNDERNEATH.parent.name].tiny()).save_pretrained(tmp_path / "model")
     with served("hpsv3", tmp_path / "stubs", "--weights", "HPSv3.safetensors") as url:
-        options = given.options | {"urls": [url]}
+        options = given["options"] | {"urls": [url]}
         rewards = {"hpsv3": {"reward": "remote", "options": options}, "jpeg_compressibility": 0.0}
         assert main(small(file, tmp_path / "model", f"--model.rewards={json.dumps(rewards)}")) == 0
         images = torch.arange(6)[:, None, None, None].expand(6, 3, 8, 8) / 255
