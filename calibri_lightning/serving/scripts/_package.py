@@ -26,4 +26,5 @@ def make_importable() -> None:
     spec.loader.exec_module(module)
 
 
-make_importable()
+if not __package__:  # not where the package is imported as one already
+    make_importable()
