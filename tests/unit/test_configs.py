@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_it_parses_and_names_what_it_is_for(file: Path) -> None:
     config = parsed(file)
     model = config["model"]
     if file in OVERLAYS:
-        assert set(model["rewards"]) == {"my_rewards:HPSv3", "pickscore"}
+        assert set(model["rewards"]) == {"hpsv3", "pickscore"}
         return
     family = FAMILIES[file.parent.name]
     assert model["backbone"]["init_args"]["pretrained"] == family.pretrained
@@ -336,7 +337,7 @@ def test_it_takes_a_step_on_a_tiny_model_of_its_class(file: Path, models: Callab
     ("given", "words"),
     [
         (False, ["'prompts/train.txt' does not exist", "docs/configs.md"]),
-        (True, ["'my_rewards:HPSv3' cannot be imported", "PYTHONPATH"]),
+        (True, ["no reward 'remot'", "Did you mean 'remote'?"]),
     ],
 )
 def test_absent_prompts_and_rewards_come_with_a_hint_before_a_model_is_fetched(
@@ -345,7 +346,9 @@ def test_absent_prompts_and_rewards_come_with_a_hint_before_a_model_is_fetched(
     monkeypatch.chdir(tmp_path)
     if given:
         write_prompts(tmp_path)
-    assert main(["fit", *(f"--config={path}" for path in stacked(OVERLAYS[0]))]) == 2
+    misspelt = {"hpsv3": {"reward": "remot", "options": {"urls": ["http://127.0.0.1:8100"]}}}
+    files = [f"--config={path}" for path in stacked(OVERLAYS[0])]
+    assert main(["fit", *files, f"--model.rewards={json.dumps(misspelt)}"]) == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     for word in words:
         assert word in error
