@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,7 +142,8 @@ class CalibriCLI(LightningCLI):
         for part in PROMPT_PARTS:
             if config["data"][part] is not None:
                 check_source(config["data"][part])
-        for name, reward in config["model"]["rewards"].items():
+        # What draws pictures without scoring them needs no servers.
+        for name, reward in rewards_of(config["model"]) if self.subcommand != "predict" else ():
             check_reward(getattr(reward, "reward", None) or name, getattr(reward, "options", None))
         if config.get("ckpt_path"):
             check_exists(config["ckpt_path"])
@@ -285,6 +286,20 @@ def _start(arguments: Sequence[str], hint: ResumeHint, cli: type[CalibriCLI] = C
         parser_kwargs={"prog": "calibri_lightning"},
         args=list(arguments),
     )
+
+
+def rewards_of(model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Lists the rewards of a configuration, those held out last.
+
+    Args:
+        model: The part of the configuration under model.
+
+    Yields:
+        Name and settings.
+    """
+    held_out = model["held_out"] or {}
+    yield from model["rewards"].items()
+    yield from held_out.items() if isinstance(held_out, Mapping) else ((name, None) for name in held_out)
 
 
 def _check_writable(folder: Path) -> None:

@@ -116,6 +116,25 @@ class Pool:
                     raise UserError(_unstarted(server, waited, again_before))
                 self._sleep(_START_PAUSE)
 
+    def reach(self) -> None:
+        """Makes sure that somebody listens at every address.
+
+        Raises:
+            UserError: If nobody does, a few seconds long: a server may have been started a moment ago.
+        """
+        for server in self._servers:
+            begun = self._clock()
+            while True:
+                try:
+                    self._transport.connect(server.address)
+                    break
+                except ExchangeError as error:
+                    server.last_error = str(error)
+                    waited = self._clock() - begun
+                    if waited >= _UNREACHABLE:
+                        raise UserError(_unstarted(server, waited, _UNREACHABLE)) from error
+                self._sleep(_START_PAUSE)
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Asks one server whether it can score pictures of these prompts.
 

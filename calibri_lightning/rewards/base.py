@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,6 +80,17 @@ class Reward(ABC):
 
         Raises:
             UserError: If one cannot be scored; the message names it.
+        """
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to look for
+        """Looks for what would fail later, before any model is loaded: servers that are not there, say.
+
+        Args:
+            options: Arguments of the class, which it takes.
+
+        Raises:
+            UserError: If something is wrong.
         """
 
     def prepare(self, device: torch.device) -> None:  # noqa: B027 - a reward need not have a model

@@ -108,16 +108,18 @@ def find_reward(name: str, options: Mapping[str, Any] | None = None, called: str
 
 
 def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Refuses a reward that cannot be found, without making it: cheap enough to run before any model is loaded.
+    """Refuses a reward that cannot be found or reached: cheap enough to run before any model is loaded.
 
     Args:
         name: A built-in name or an import path "package.module:name".
         options: Arguments of the reward's class.
 
     Raises:
-        UserError: If there is none of that name, or it has no such options.
+        UserError: If there is none of that name, it has no such options, or its servers cannot be reached.
     """
-    _look_up(name, options or {})
+    found = _look_up(name, options or {})
+    if isinstance(found, type) and issubclass(found, Reward):
+        found.check_options(options or {})
 
 
 def _look_up(name: str, options: Mapping[str, Any]) -> Any:

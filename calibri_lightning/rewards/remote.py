@@ -97,6 +97,19 @@ class RemoteReward(Reward):
         # Refuses wrong options now, not after a model was loaded; the name it will go by may still be unknown.
         self._make_wire()
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Makes sure that somebody listens at every URL; what is served there is asked later.
+
+        Args:
+            options: Arguments of the class.
+
+        Raises:
+            UserError: If an option is none, or a server cannot be reached.
+        """
+        made = cls(**options)
+        made._make_pool(made._make_wire()).reach()
+
     @property
     def failures(self) -> Counter[str]:
         """How many pictures could not be scored, by what the servers said of them."""
@@ -200,7 +213,7 @@ class RemoteReward(Reward):
             if self._connection is None:
                 # Only now: the name by which a run knows a reward is given to it after it was made.
                 wire = self._make_wire()
-                pool = Pool(self._addresses, self._make_transport(), wire, self._patience)
+                pool = self._make_pool(wire)
                 pool.start()
                 self._refuse_extra_names(wire)
                 self.pixels, self.takes_frames = wire.pixels, wire.takes_frames
@@ -212,6 +225,9 @@ class RemoteReward(Reward):
 
     def _make_wire(self) -> Wire:
         return make_wire(self._wire_name, self._reward or self.name, self._wire_options)
+
+    def _make_pool(self, wire: Wire) -> Pool:
+        return Pool(self._addresses, self._make_transport(), wire, self._patience)
 
     def _make_transport(self) -> Transport:
         token = self._token.read()
