@@ -149,13 +149,9 @@ async def _body(request: Request) -> bytes:
 
 
 async def _finish(request: Request, futures: Sequence[Future[Any]]) -> None:
-    """Waits for results; if the client goes away or a result is an error, the others are not begun.
-
-    Raises:
-        _Gone: If the client went away.
-    """
-    gone = asyncio.ensure_future(request.receive())
-    waiting = asyncio.gather(*map(asyncio.wrap_future, futures))
+    """Waits for results; if the client goes away or a result is an error, the others are not begun."""
+    gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
+    waiting: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, futures))
     try:
         await asyncio.wait({gone, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():

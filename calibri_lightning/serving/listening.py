@@ -32,8 +32,8 @@ def open_socket(host: str, port: int) -> socket.socket:
         made.bind(address)
     except OSError as error:
         raise UserError(
-            f"The server cannot listen on {host} port {port} ({error.strerror or error}). Choose another --port (0 takes "
-            "a free one), or an address of this machine as --host."
+            f"The server cannot listen on {host} port {port} ({error.strerror or error}). Choose another --port (0 "
+            "takes a free one), or an address of this machine as --host."
         ) from error
     made.set_inheritable(False)
     return made

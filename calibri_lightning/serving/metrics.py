@@ -24,20 +24,24 @@ class Metrics:
     def __init__(self) -> None:
         """Makes the registry."""
         self.registry = CollectorRegistry()
-        prefix, shared = "calibri_reward_", {"registry": self.registry}
-        self.requests = Counter(prefix + "requests", "Requests", ["path", "status"], **shared)
-        self.items = Counter(prefix + "items", "Pictures scored", ["reward"], **shared)
-        self.failures = Counter(prefix + "failures", "Pictures of failed requests", ["reward"], **shared)
+        prefix, registry = "calibri_reward_", self.registry
+        self.requests = Counter(prefix + "requests", "Requests", ["path", "status"], registry=registry)
+        self.items = Counter(prefix + "items", "Pictures scored", ["reward"], registry=registry)
+        self.failures = Counter(prefix + "failures", "Pictures of failed requests", ["reward"], registry=registry)
         self.queue_seconds = Histogram(
-            prefix + "queue_seconds", "Seconds in the queue", ["reward"], buckets=_SECONDS, **shared
+            prefix + "queue_seconds", "Seconds in the queue", ["reward"], buckets=_SECONDS, registry=registry
         )
         self.scoring_seconds = Histogram(
-            prefix + "scoring_seconds", "Seconds of a call of the reward", ["reward"], buckets=_SECONDS, **shared
+            prefix + "scoring_seconds",
+            "Seconds of a call of the reward",
+            ["reward"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.batch_size = Histogram(
-            prefix + "batch_size", "Pictures of a call of the reward", ["reward"], buckets=_SIZES, **shared
+            prefix + "batch_size", "Pictures of a call of the reward", ["reward"], buckets=_SIZES, registry=registry
         )
-        self.queue_length = Gauge(prefix + "queue_length", "Pictures that wait", ["device"], **shared)
+        self.queue_length = Gauge(prefix + "queue_length", "Pictures that wait", ["device"], registry=registry)
 
     def render(self) -> bytes:
         """Writes all numbers down.

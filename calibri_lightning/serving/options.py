@@ -129,8 +129,8 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise UserError(
-            f"--host is {host!r}, and there is no such host ({error}). Use 127.0.0.1 for this machine alone, or 0.0.0.0 "
-            "for all its addresses."
+            f"--host is {host!r}, and there is no such host ({error}). Use 127.0.0.1 for this machine alone, or "
+            "0.0.0.0 for all its addresses."
         ) from error
     return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 

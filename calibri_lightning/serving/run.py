@@ -60,13 +60,20 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}. All options: {self.prog} --help")
 
 
-class _Server(uvicorn.Server):
+class RewardServer(uvicorn.Server):
     """Ends when no request is running any more, and says on the way that it is ending.
 
     Uvicorn alone stops listening at once: /health could not say why, and a signal would decide the exit code.
     """
 
     def __init__(self, config: uvicorn.Config, service: RewardService, ready: Callable[[], None]) -> None:
+        """Makes a server.
+
+        Args:
+            config: Made by `configure`.
+            service: The rewards.
+            ready: Called once all rewards are loaded.
+        """
         super().__init__(config)
         self._service, self._ready, self._deadline, self._told = service, ready, 0.0, False
 
@@ -118,12 +125,12 @@ def serve(scorers: Sequence[Scorer], options: ServerOptions | None = None) -> No
     service = RewardService(scorers, options)
     with open_socket(options.host, options.port) as listener:
         url = url_of(listener, options.host, options.certificate is not None)
-        config = _configure(service)
+        config = configure(service)
         _say(f"loading {len(scorers)} reward(s) for {url}")
         # Before uvicorn has its own handlers, a signal would end the process with another code.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sys.exit(0))
-        _Server(config, service, lambda: _say(_summarize(service, url))).run(sockets=[listener])
+        RewardServer(config, service, lambda: _say(_summarize(service, url))).run(sockets=[listener])
     service.close()
     if service.failure is not None:
         error = service.failure
@@ -135,7 +142,18 @@ def serve(scorers: Sequence[Scorer], options: ServerOptions | None = None) -> No
         ) from error
 
 
-def _configure(service: RewardService) -> uvicorn.Config:
+def configure(service: RewardService) -> uvicorn.Config:
+    """Sets uvicorn up.
+
+    Args:
+        service: The rewards.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: If the TLS files cannot be used.
+    """
     options = service.options
     config = uvicorn.Config(
         create_app(service),

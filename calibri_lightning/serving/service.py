@@ -243,7 +243,7 @@ class RewardService:
         return Prepared(info, jobs, places, hashes)
 
     def _size(self, request: ScoreRequest) -> int:
-        """Bytes of the unpacked pictures. Refuses small files that unpack to a lot: each may be within the limit, and all of them far beyond."""
+        """Bytes of the unpacked pictures. Small files can unpack to a lot: each within the limit, all far beyond."""
         total = sum(prod(i.picture.shape) * (4 if i.picture.dtype == "float32" else 1) for i in request.items)
         if total > self.options.max_body_bytes:
             raise Refusal(
