@@ -95,8 +95,9 @@ def served(*scorers: Scorer, wait: bool = True, **options: Any) -> Iterator[tupl
             until(lambda: server.started and (not wait or service.status == "ready" or service.failure is not None))
             yield url_of(listener, "127.0.0.1", False), service
         finally:
-            server.should_exit = server.force_exit = True
+            server.should_exit = True
             thread.join(20)
+            assert not thread.is_alive()
 
 
 def until(condition: Any, seconds: float = 20.0) -> None:

@@ -18,6 +18,11 @@ class MemoryBudget:
         """
         self._free, self._lock = total, threading.Lock()
 
+    @property
+    def free(self) -> int:
+        """Bytes that can be taken."""
+        return self._free
+
     def take(self, count: int) -> None:
         """Takes bytes.
 
