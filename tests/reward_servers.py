@@ -109,7 +109,9 @@ def until(condition: Any, seconds: float = 20.0) -> None:
 
 
 @contextmanager
-def process(*arguments: str, module: Sequence[str] = (__file__,), **environment: str) -> Iterator[subprocess.Popen[str]]:
+def process(
+    *arguments: str, module: Sequence[str] = (__file__,), **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """A server in a process of its own; this file's toy unless another is named."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     running = subprocess.Popen(

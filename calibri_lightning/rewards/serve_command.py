@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="calibri_lightning serve",
         description="Serves rewards to runs in other processes and on other machines, until SIGTERM or Ctrl+C.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

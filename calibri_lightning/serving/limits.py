@@ -77,6 +77,11 @@ class Gate:
             if unread:
                 await _drain(receive, self._service.options.max_body_bytes)
             await note({"type": "http.response.body", "body": b""})
+        # The server's last moment; uvicorn would answer with a text. Nothing runs after this, so nothing is re-raised.
+        except asyncio.CancelledError:
+            if status == 499:
+                await start_refusal(note, busy("The server is ending.", 1, 503))
+                await note({"type": "http.response.body", "body": b""})
         except Exception:
             _log.exception("A request failed inside of the server")
             if status == 499:

@@ -41,7 +41,7 @@ from calibri_lightning.serving.refusals import shorten
 from calibri_lightning.serving.scorer import Scorer
 from calibri_lightning.serving.service import RewardService
 
-_LAST_SECONDS = 5
+_LAST_SECONDS = 2
 """For answers to leave, once all rewards are done."""
 
 
@@ -207,6 +207,8 @@ def script_main(
     parser = OneLineParser(
         description=inspect.getdoc(make) if isinstance(make, type) else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        # Or --token would be read as --token-file, with the secret in the message.
+        allow_abbrev=False,
     )
     if add_options is not None:
         add_options(parser)

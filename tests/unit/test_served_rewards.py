@@ -9,6 +9,7 @@ import pytest
 import requests
 import torch
 from reward_servers import item, noise, process, ready, served
+from shapes_pictures import draw, noisy
 
 from calibri_lightning.__main__ import main
 from calibri_lightning.errors import UserError
@@ -42,18 +43,10 @@ def test_floats_keep_their_bits() -> None:
 def pictures(count: int) -> tuple[torch.Tensor, list[Prompt]]:
     """Pictures as the embedded model might draw them, in part scored well, in part badly."""
     from calibri_lightning.shapes.captions import Scene
-    from calibri_lightning.shapes.render import render
 
     prompts = list(read_prompts("shapes:test")[:count])
-    generator = torch.Generator().manual_seed(0)
-    drawn = []
-    for index, prompt in enumerate(prompts):
-        array = np.asarray(render(Scene.from_metadata(prompt.metadata), np.random.default_rng(index)), np.float32)
-        image = torch.as_tensor(array)
-        image = image if image.shape[0] == 3 else image.permute(2, 0, 1)
-        image = image / 255 if image.max() > 1 else image
-        drawn.append((image + 0.05 * torch.randn(image.shape, generator=generator)).clamp(0, 1))
-    return torch.stack(drawn), prompts
+    drawn = draw([Scene.from_metadata(prompt.metadata) for prompt in prompts], 0)
+    return noisy(drawn, 0.1).contiguous(), prompts
 
 
 def ask(url: str, reward: str, images: torch.Tensor, prompts: list[Prompt], **more: Any) -> dict[str, torch.Tensor]:
