@@ -210,11 +210,10 @@ def test_slow_bodies_and_slow_headers_are_cut_off() -> None:
             request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
             reused.sendall(request)
             assert b" 200 " in reused.recv(10_000).splitlines()[0]
-            reused.sendall(request + b"GET /hea")
-            received = b""
-            while chunk := reused.recv(10_000):
-                received += chunk
-            assert received.count(b"HTTP/1.1 200") == 1
+            reused.sendall(request)
+            assert b" 200 " in reused.recv(10_000).splitlines()[0]
+            reused.sendall(b"GET /hea")
+            assert reused.recv(10_000) == b""
 
 
 def png(side: int) -> dict[str, Any]:
