@@ -43,6 +43,8 @@ from calibri_lightning.serving.service import RewardService
 
 _LAST_SECONDS = 2
 """For answers to leave, once all rewards are done."""
+_IDLE_SECONDS = 75
+"""Longer than most steps of a run: its next request finds the connection open. Uvicorn's own 5 s are not."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -164,6 +166,7 @@ def configure(service: RewardService) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_LAST_SECONDS,
         ssl_certfile=options.certificate,
         ssl_keyfile=options.key,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ import requests
 from reward_servers import SlowToy, add_options, expected, item, noise, process, ready
 
 from calibri_lightning.errors import UserError
+from calibri_lightning.serving.listening import open_socket
 from calibri_lightning.serving.options import ServerOptions, is_loopback
 from calibri_lightning.serving.run import script_main
 
@@ -202,6 +204,12 @@ def test_what_is_loopback() -> None:
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "", "8.8.8.8"))
     with pytest.raises(UserError, match="no such host"):
         is_loopback("no such host")
+
+
+def test_answers_leave_at_once() -> None:
+    # asyncio sets TCP_NODELAY only on sockets that name their protocol; without it each answer takes 40 ms.
+    with open_socket("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_the_token_is_not_printed() -> None:
