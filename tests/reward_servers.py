@@ -88,12 +88,13 @@ def served(*scorers: Scorer, wait: bool = True, **options: Any) -> Iterator[tupl
     """A server in a thread, on a port of its own."""
     service = RewardService(scorers, ServerOptions(port=0, **options))
     with open_socket("127.0.0.1", 0) as listener:
+        url = url_of(listener, "127.0.0.1", False)
         server = RewardServer(configure(service), service, lambda: None)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
         thread.start()
         try:
             until(lambda: server.started and (not wait or service.status == "ready" or service.failure is not None))
-            yield url_of(listener, "127.0.0.1", False), service
+            yield url, service
         finally:
             server.should_exit = True
             thread.join(20)
