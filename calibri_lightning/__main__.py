@@ -17,6 +17,7 @@ commands:
   predict    draw prompts with a calibration, one PNG each
   plan       say what memory a fit will need, before anything is loaded
   bench      measure the evaluation loop on this machine
+  serve      score pictures for runs in other processes and on other machines
 
 start here:
   python -m calibri_lightning fit --config configs/quickstart.yaml
@@ -26,7 +27,7 @@ the resolved settings:    python -m calibri_lightning fit --config FILE --print_
 shell completion:         python -m calibri_lightning --print_completion=shtab-bash
 """
 
-COMMANDS = ("fit", "validate", "test", "predict", "plan", "bench")
+COMMANDS = ("fit", "validate", "test", "predict", "plan", "bench", "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from calibri_lightning.planning.command import run_plan
 
         return run_plan(arguments[1:])
+    if arguments[0] == "serve":
+        from calibri_lightning.rewards.serve_command import run_serve
+
+        return run_serve(arguments[1:])
     from calibri_lightning.cli import run
 
     return run(arguments)

@@ -2,8 +2,9 @@
 
 POST /v1/score takes a `ScoreRequest` and gives a `ScoreReply`, POST /v1/check a `CheckRequest` and a `CheckReply`, GET
 /v1/rewards a `Roster`, GET /health a `Health`. Errors are an `ErrorReply` with an HTTP status: 401 without the right
-token, 404 for an unknown reward, 413 for too large a body or picture, 422 for a request that breaks these rules, 429
-when the queue is full, 500 when the reward raised, 503 while the server starts or ends. Unknown keys are refused.
+token, 404 for an unknown reward or path, 405 for a wrong method, 408 for a body that comes too slowly, 413 for too
+large a body or picture or too many of them, 422 for a request that breaks these rules, 429 when the queue is full, 500
+when the reward raised, 503 while the server starts or ends (429 and 503 with Retry-After). Unknown keys are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue
 
 PROTOCOL = 1
 """Version of the messages, in the path and in every reply."""
@@ -82,7 +83,8 @@ class ScoreRequest(Message):
     """
 
     reward: str
-    items: Annotated[list[Item], Field(min_length=1)]
+    # Without FailFast, a body of a million wrong items would be answered after collecting a million errors.
+    items: Annotated[list[Item], Field(min_length=1), FailFast()]
     exact: bool = False
 
 
@@ -145,7 +147,7 @@ class CheckRequest(Message):
     """
 
     reward: str
-    prompts: list[PromptText]
+    prompts: Annotated[list[PromptText], FailFast()]
 
 
 class CheckReply(Message):
@@ -164,7 +166,7 @@ class Limits(Message):
     """What a server takes.
 
     Attributes:
-        body_bytes: Most bytes of a request.
+        body_bytes: Most bytes of a request, and of all its pictures together when they are unpacked.
         pixels: Most pixels of a picture (F x H x W).
         items: Most pictures of a request.
         codecs: How pictures may be packed.

@@ -14,6 +14,9 @@ from calibri_lightning.serving.protocol import PromptText, RewardInfo
 class Scorer(ABC):
     """A reward as a server sees it; all its methods are called in one thread, that of its device's queue."""
 
+    device: str = "cpu"
+    """Where it computes; the scorers of one device share a thread and take turns."""
+
     @abstractmethod
     def load(self) -> RewardInfo:
         """Loads the model; called once, before the server says that it is ready.
