@@ -82,8 +82,8 @@ class Reward(ABC):
             UserError: If one cannot be scored; the message names it.
         """
 
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to look for
+    @classmethod  # noqa: B027 - most have nothing to look for
+    def check_options(cls, options: Mapping[str, Any]) -> None:
         """Looks for what would fail later, before any model is loaded: servers that are not there, say.
 
         Args:

@@ -19,7 +19,6 @@ from calibri_lightning.rewards import RewardConfig, RewardSet
 def test_hpsv3_in_an_environment_of_its_own_as_the_overlay_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("calibri_lightning.serving.run")
     monkeypatch.chdir(tmp_path)
     write_prompts(tmp_path)
     [file] = OVERLAYS

@@ -274,7 +274,6 @@ def test_geneval_refuses_prompts_without_its_metadata(scorer: Callable[..., Scor
 
 def test_a_script_run_as_a_file_serves(tmp_path: Path) -> None:
     """With the real server; only the library that cannot be installed is a stub."""
-    pytest.importorskip("calibri_lightning.serving.run")
     items = [
         Item(picture=pack(image, "raw"), prompt=prompt)
         for image, prompt in zip(grey(7, 8), prompts("a", "bb"), strict=True)
@@ -293,7 +292,6 @@ def test_a_script_run_as_a_file_serves(tmp_path: Path) -> None:
 
 @each_script
 def test_its_options_stand_beside_those_of_every_server(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = pytest.importorskip("calibri_lightning.serving.run")
     module = importlib.import_module(f"calibri_lightning.serving.scripts.{script.stem}")
     with pytest.raises(SystemExit) as ended:
         run.script_main(module.make, module.add_options, ["--help"])
