@@ -28,6 +28,7 @@ from script_stubs import MODULES, served, write_stubs
 
 from calibri_lightning.serving.pictures import pack
 from calibri_lightning.serving.protocol import Item, PromptText, ScoreRequest
+from calibri_lightning.serving.run import script_main
 from calibri_lightning.serving.scorer import Scorer
 from calibri_lightning.serving.scripts import shared
 
@@ -294,6 +295,6 @@ def test_a_script_run_as_a_file_serves(tmp_path: Path) -> None:
 def test_its_options_stand_beside_those_of_every_server(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"calibri_lightning.serving.scripts.{script.stem}")
     with pytest.raises(SystemExit) as ended:
-        run.script_main(module.make, module.add_options, ["--help"])
+        script_main(module.make, module.add_options, ["--help"])
     assert ended.value.code == 0
     assert {"--port", "--token-file", "--device"} <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
