@@ -49,6 +49,9 @@ from calibri_lightning.cli import parse_fit
 IMAGES = re.compile(r"([\d,]+) training images")
 
 
+REWARDS = {"hpsv3": {"hpsv3", "pickscore"}, "judge": {"vqascore"}, "several": {"pickscore", "aesthetic"}}
+
+
 each_file = pytest.mark.parametrize("file", FILES, ids=label)
 each_whole = pytest.mark.parametrize("file", WHOLE, ids=label)
 TRAINED = [file for file in WHOLE if has_gradients(file)]
@@ -109,7 +112,7 @@ def test_it_parses_and_names_what_it_is_for(file: Path) -> None:
     config = parsed(file)
     model = config["model"]
     if file in OVERLAYS:
-        assert set(model["rewards"]) == {"hpsv3", "pickscore"}
+        assert set(model["rewards"]) == REWARDS[file.stem]
         return
     family = FAMILIES[file.parent.name]
     assert model["backbone"]["init_args"]["pretrained"] == family.pretrained

@@ -21,7 +21,7 @@ def test_hpsv3_in_an_environment_of_its_own_as_the_overlay_has_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_prompts(tmp_path)
-    [file] = OVERLAYS
+    [file] = [file for file in OVERLAYS if file.stem == "hpsv3"]
     given = parsed(file)["model"]["rewards"]["hpsv3"]
     assert (given["reward"], given["weight"], set(given["options"])) == ("remote", 1.0, {"urls", "extra_names"})
     lively(FAMILIES[UNDERNEATH.parent.name].tiny()).save_pretrained(tmp_path / "model")
