@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import shutil
@@ -369,3 +370,18 @@ def test_of_a_traceback_the_cause_is_told(server: FaultyServer) -> None:
     server.next(Answer(500, text.encode()))
     with pytest.raises(RemoteError, match="ValueError: no such key"):
         RemoteReward(server.url, reward="mean")(IMAGES, PROMPTS)
+
+
+def test_a_fit_finds_an_absent_server_before_it_loads_anything(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibri_lightning.__main__ import main
+
+    rewards = {"shapes": {"reward": "remote", "options": {"urls": "http://127.0.0.1:9"}}}
+    flags = ["--model.backbone=SD3", "--model.backbone.pretrained=/nowhere", "--model.strategy=CMAES"]
+    assert main(["fit", *flags, f"--model.rewards={json.dumps(rewards)}"]) == 2
+    error = capsys.readouterr().err
+    assert "No server of rewards can be reached at http://127.0.0.1:9" in error
+    rewards["shapes"]["options"]["codex"] = "raw"
+    assert main(["fit", *flags, f"--model.rewards={json.dumps(rewards)}"]) == 2
+    assert "has no option 'codex'" in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_unirl_asks_for_what_the_server_has() -> None:
     wire.accept_probe(b'{"status": "ok", "state": "resident"}')
 
 
-@pytest.mark.parametrize("name", WIRES)
+@pytest.mark.parametrize("name", [name for name in WIRES if name != "calibri-lightning"])
 def test_only_pictures_of_8_bits_are_sent(name: str) -> None:
     wire = make_wire(name, "x", {"model": "m"} if name == "openai" else {})
     assert wire.name == name
@@ -204,7 +204,8 @@ def test_wires_go_by_name_or_path() -> None:
     path = "calibri_lightning.remote.wires.calibri:CalibriWire"
     assert make_wire(path, "hpsv3", {}).name == "calibri"
     assert [make_wire(name, "x", {}).name for name in WIRES] == list(WIRES)
-    assert {name: make_wire(name, "x", {}).most_items(batch) for name in WIRES} == {
+    # Our own servers say themselves how many they take.
+    assert {name: make_wire(name, "x", {}).most_items(batch) for name in WIRES if name != "calibri-lightning"} == {
         "calibri": 8,
         "flow-grpo": 64,
         "flow-factory": 100,
