@@ -108,6 +108,17 @@ class Reward(ABC):
         """
         return ModelInfo(f"{type(self).__module__}:{type(self).__qualname__}", version("calibri-lightning"))
 
+    def recipe(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Says what its scores depend on; a run resumes only where that is unchanged.
+
+        Args:
+            options: The arguments with which it was made.
+
+        Returns:
+            Names and values: all options, unless the reward knows better.
+        """
+        return options
+
     def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """Scores pictures, with the extra metrics; override it together with `extra_names`.
 

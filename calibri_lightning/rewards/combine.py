@@ -254,7 +254,7 @@ def _limited(scores: Tensor, config: RewardConfig) -> Tensor:
 
 def _recipe(entry: Entry) -> str:
     config = entry.config
-    given = [f"{key}={value}" for key, value in sorted(config.options.items())]
+    given = [f"{key}={value}" for key, value in sorted(entry.reward.recipe(config.options).items())]
     limits = {"is": config.reward, "floor": config.floor, "cap": config.cap}
     given += [f"{key} {value}" for key, value in limits.items() if value is not None]
     return f"{float(config.weight):g} {entry.reward.name}" + (f" ({', '.join(given)})" if given else "")

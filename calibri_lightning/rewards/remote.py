@@ -148,6 +148,20 @@ class RemoteReward(Reward):
         places = ", ".join(address.url for address in self._addresses)
         return ModelInfo(f"{self._wire_name} at {places}", "unknown", "unknown")
 
+    def recipe(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Says what scores, not where it does: a run may go on with other servers of the same model.
+
+        Args:
+            options: The arguments with which it was made.
+
+        Returns:
+            The wire and its options; once servers were asked, model, revision and preprocessing, if they say.
+        """
+        connected = self._connection
+        info = connected[1].describe() if connected is not None else None
+        served = {} if info is None else {key: getattr(info, key) for key in ("model", "revision", "preprocessing")}
+        return {"reward": self._reward or self.name, "wire": self._wire_name, **self._wire_options, **served}
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores pictures.
 

@@ -385,3 +385,17 @@ def test_a_fit_finds_an_absent_server_before_it_loads_anything(
     rewards["shapes"]["options"]["codex"] = "raw"
     assert main(["fit", *flags, f"--model.rewards={json.dumps(rewards)}"]) == 2
     assert "has no option 'codex'" in capsys.readouterr().err
+
+
+def test_a_run_depends_on_what_scores_and_not_on_where(server: FaultyServer) -> None:
+    def recipe(url: str, **options: Any) -> str:
+        rewards = RewardSet({"mean": RewardConfig(1.0, {"urls": url, **options}, "remote")})
+        rewards.check(PROMPTS)
+        return rewards.recipe
+
+    first = recipe(server.url, timeout=7)
+    assert INFO.revision in first
+    with FaultyServer() as elsewhere, FaultyServer(INFO.model_copy(update={"revision": "other"})) as other:
+        assert recipe(elsewhere.url, per_server=2) == first
+        assert recipe(other.url) != first
+    assert recipe(server.url, codec="png") != first
