@@ -20,6 +20,7 @@ from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards.base import ModelInfo
 from calibri_lightning.rewards.clip_model import OPENAI_LARGE, ClipReward
 from calibri_lightning.rewards.loading import check_names, commit_of, find_file, load_part, name_of, read_tensors
+from calibri_lightning.rewards.resizing import Resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +47,7 @@ class Aesthetic(ClipReward):
         dtype: DType = "float32",
         device: str | None = None,
         batch_size: int = 16,
+        resize: Resize = "pillow",
         head: str = PUBLISHED_HEAD,
         head_file: str = HEAD_FILE,
         head_revision: str | None = None,
@@ -60,14 +62,16 @@ class Aesthetic(ClipReward):
                 noisier scores. The head always computes in float32.
             device: Where to score; by default where the pictures are.
             batch_size: Pictures of one forward.
+            resize: Who brings pictures to the model's size: pillow, to the bits of published scores, or torch, which
+                leaves them on their device.
             head: The layers on top: a file, a folder or a Hub id.
             head_file: The file in that folder or repository: safetensors, or a .pth of tensors only.
             head_revision: Branch, tag or commit of the Hub repository of the head.
 
         Raises:
-            UserError: If dtype, device or batch_size is none.
+            UserError: If dtype, device, batch_size or resize is none.
         """
-        super().__init__(pretrained, processor, revision, dtype, device, batch_size)
+        super().__init__(pretrained, processor, revision, dtype, device, batch_size, resize)
         self._head_place, self._head_file, self._head_revision = head, head_file, head_revision
 
     def check(self, prompts: Sequence[Prompt]) -> None:

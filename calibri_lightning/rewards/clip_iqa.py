@@ -17,6 +17,7 @@ from calibri_lightning.backbones.loading import DType
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards.clip_model import OPENAI_LARGE, ClipReward
+from calibri_lightning.rewards.resizing import Resize
 
 
 class ClipIqa(ClipReward):
@@ -32,6 +33,7 @@ class ClipIqa(ClipReward):
         dtype: DType = "float32",
         device: str | None = None,
         batch_size: int = 16,
+        resize: Resize = "pillow",
         good: str = "Good photo.",
         bad: str = "Bad photo.",
     ) -> None:
@@ -44,13 +46,15 @@ class ClipIqa(ClipReward):
             dtype: Type of weights and activations: float32, or bfloat16 with half the memory and noisier scores.
             device: Where to score; by default where the pictures are.
             batch_size: Pictures of one forward.
+            resize: Who brings pictures to the model's size: pillow, to the bits of published scores, or torch, which
+                leaves them on their device.
             good: The text of what is wanted; others than the default ask for other things, for instance "Sharp photo.".
             bad: The text of its opposite, for instance "Blurry photo.".
 
         Raises:
-            UserError: If dtype, device or batch_size is none, or the two texts are the same.
+            UserError: If dtype, device, batch_size or resize is none, or the two texts are the same.
         """
-        super().__init__(pretrained, processor, revision, dtype, device, batch_size)
+        super().__init__(pretrained, processor, revision, dtype, device, batch_size, resize)
         if not good or not bad or good == bad:
             raise UserError(
                 f"good and bad of the reward 'clip_iqa' are {good!r} and {bad!r}; they must be two texts that say the "

@@ -21,6 +21,7 @@ from calibri_lightning.rewards.base import ModelInfo, Reward
 from calibri_lightning.rewards.clip_text import TextEmbeddings
 from calibri_lightning.rewards.loading import checked_batch_size, checked_device, commit_of, load_part, name_of
 from calibri_lightning.rewards.pixels import to_pixels
+from calibri_lightning.rewards.resizing import Resize, checked_resize, crop_centre
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +63,7 @@ class ClipReward(Reward):
         dtype: DType = "float32",
         device: str | None = None,
         batch_size: int = 16,
+        resize: Resize = "pillow",
     ) -> None:
         """Loads nothing yet.
 
@@ -72,11 +74,13 @@ class ClipReward(Reward):
             dtype: Type of weights and activations: float32, or bfloat16 with half the memory and noisier scores.
             device: Where to score; by default where the pictures are.
             batch_size: Pictures of one forward.
+            resize: Who brings pictures to the model's size: pillow, to the bits of published scores, or torch, which
+                leaves them on their device.
 
         Raises:
-            UserError: If dtype, device or batch_size is none.
+            UserError: If dtype, device, batch_size or resize is none.
         """
-        self._batch_size = checked_batch_size(self.name, batch_size)
+        self._batch_size, self._resize = checked_batch_size(self.name, batch_size), checked_resize(self.name, resize)
         self._device = checked_device(self.name, device)
         self._dtype = torch_dtype(dtype)
         self._pretrained, self._processor, self._revision = pretrained, processor or pretrained, revision
@@ -146,6 +150,8 @@ class ClipReward(Reward):
         return torch.nn.functional.normalize(seen.float(), dim=-1)
 
     def _preprocess(self, images: Tensor, device: torch.device) -> Tensor:
+        if self._resize == "torch":
+            return crop_centre(images.to(device), self._scorer.image_processor)
         # Said, not guessed: of a picture 1 or 3 pixels high, transformers takes the rows for channels.
         done = self._scorer.image_processor(
             list(to_pixels(images)), return_tensors="pt", input_data_format="channels_last"
@@ -154,7 +160,7 @@ class ClipReward(Reward):
         return pixels
 
     def _preprocessing_name(self) -> str:
-        return f"pillow-shortest-side-crop-{self._scorer.model.config.vision_config.image_size}"
+        return f"{self._resize}-shortest-side-crop-{self._scorer.model.config.vision_config.image_size}"
 
     @cached_property
     def _scorer(self) -> ClipParts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from calibri_lightning.backbones.loading import DType
 from calibri_lightning.rewards.clip_model import OPENAI_LARGE, PromptClipReward
+from calibri_lightning.rewards.resizing import Resize
 
 
 class ClipScore(PromptClipReward):
@@ -24,6 +25,7 @@ class ClipScore(PromptClipReward):
         dtype: DType = "float32",
         device: str | None = None,
         batch_size: int = 16,
+        resize: Resize = "pillow",
     ) -> None:
         """Loads nothing yet.
 
@@ -34,8 +36,10 @@ class ClipScore(PromptClipReward):
             dtype: Type of weights and activations: float32, or bfloat16 with half the memory and noisier scores.
             device: Where to score; by default where the pictures are.
             batch_size: Pictures of one forward.
+            resize: Who brings pictures to the model's size: pillow, to the bits of published scores, or torch, which
+                leaves them on their device.
 
         Raises:
-            UserError: If dtype, device or batch_size is none.
+            UserError: If dtype, device, batch_size or resize is none.
         """
-        super().__init__(pretrained, processor, revision, dtype, device, batch_size)
+        super().__init__(pretrained, processor, revision, dtype, device, batch_size, resize)

@@ -16,7 +16,7 @@ from calibri_lightning.rewards.base import ModelInfo
 from calibri_lightning.rewards.clip_model import PromptClipReward
 from calibri_lightning.rewards.loading import commit_of, find_file, name_of, read_tensors
 from calibri_lightning.rewards.open_clip_keys import load_open_clip
-from calibri_lightning.rewards.pixels import to_pixels
+from calibri_lightning.rewards.resizing import fit_longest_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,39 +89,8 @@ class HpsV2(PromptClipReward):
         """It has its own."""
 
     def _preprocess(self, images: Tensor, device: torch.device) -> Tensor:
-        return fit_longest_side(images.to(device), self._scorer.model.config.vision_config.image_size)
+        size = self._scorer.model.config.vision_config.image_size
+        return fit_longest_side(images.to(device), size, _MEAN, _STD)
 
     def _preprocessing_name(self) -> str:
         return f"torch-longest-side-pad-{self._scorer.model.config.vision_config.image_size}"
-
-
-def fit_longest_side(images: Tensor, size: int) -> Tensor:
-    """Brings pictures to a model's size as HPSv2 does: whole, on black.
-
-    Its `create_model_and_transforms(light_augmentation=True)` makes a tensor of the picture, resizes its longest side
-    (bicubic; antialiased since torchvision 0.17), pads the other one with zeros, and normalises the result (package
-    hpsv2 1.2.0, src/open_clip/{factory,transform}.py). It forgets to pad pictures that have the model's size on their
-    longest side already, and fails on those that become thinner than half a pixel; here they become one pixel thin.
-
-    Args:
-        images: float32 [B, 3, H, W] in 0..1; they are rounded to 8 bits first.
-        size: Side of the pictures that the model sees.
-
-    Returns:
-        float32 [B, 3, size, size], normalised.
-    """
-    rounded = torch.from_numpy(to_pixels(images)).to(images.device).permute(0, 3, 1, 2).float() / 255
-    scale = size / max(rounded.shape[-2:])
-    height, width = (max(1, round(side * scale)) for side in rounded.shape[-2:])
-    resized = rounded if (height, width) == tuple(rounded.shape[-2:]) else _resize(rounded, height, width)
-    left, top = (size - width) // 2, (size - height) // 2
-    padded = torch.nn.functional.pad(resized, (left, size - width - left, top, size - height - top))
-    mean, std = (padded.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
-    return (padded - mean) / std
-
-
-def _resize(images: Tensor, height: int, width: int) -> Tensor:
-    if width == 1:
-        # torch 2.13 resizes a single column wrongly on the CPU, by up to the whole range; not a single row.
-        return _resize(images.mT, width, height).mT
-    return torch.nn.functional.interpolate(images, (height, width), mode="bicubic", antialias=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calibri_lightning.backbones.loading import DType
 from calibri_lightning.rewards.clip_model import PromptClipReward
+from calibri_lightning.rewards.resizing import Resize
 
 PUBLISHED = "yuvalkirstain/PickScore_v1"
 """The published weights."""
@@ -30,6 +31,7 @@ class PickScore(PromptClipReward):
         dtype: DType = "float32",
         device: str | None = None,
         batch_size: int = 16,
+        resize: Resize = "pillow",
     ) -> None:
         """Loads nothing yet.
 
@@ -41,12 +43,14 @@ class PickScore(PromptClipReward):
             dtype: Type of weights and activations: float32, or bfloat16 with half the memory and noisier scores.
             device: Where to score; by default where the pictures are.
             batch_size: Pictures of one forward.
+            resize: Who brings pictures to the model's size: pillow, to the bits of published scores, or torch, which
+                leaves them on their device.
 
         Raises:
-            UserError: If dtype, device or batch_size is none.
+            UserError: If dtype, device, batch_size or resize is none.
         """
         beside = PUBLISHED_PROCESSOR if pretrained == PUBLISHED else pretrained
-        super().__init__(pretrained, processor or beside, revision, dtype, device, batch_size)
+        super().__init__(pretrained, processor or beside, revision, dtype, device, batch_size, resize)
 
     def _scale(self) -> Tensor:
         scale: Tensor = self._scorer.model.logit_scale.float().exp()

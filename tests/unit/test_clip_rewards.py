@@ -20,6 +20,8 @@ from calibri_lightning.rewards import Reward
 from calibri_lightning.rewards.base import measure_checked
 from calibri_lightning.rewards.clip_text import TextEmbeddings
 from calibri_lightning.rewards.finding import find_reward
+from calibri_lightning.rewards.pixels import to_pixels
+from calibri_lightning.rewards.resizing import crop_centre
 
 NAMES = ("pickscore", "clipscore", "hpsv2", "aesthetic", "clip_iqa")
 READERS = ("pickscore", "clipscore", "hpsv2")
@@ -254,3 +256,42 @@ def test_weights_are_named_by_their_commit(folder: Path, tmp_path: Path, make: M
     assert commit_of("owner/clip", commit, "model.safetensors") == commit
     assert commit_of("owner/clip", "other-branch") == "unknown"
     assert commit_of("owner/other") == "unknown"
+
+
+@pytest.mark.parametrize(
+    "shape", [(40, 56), (56, 40), (28, 28), (29, 200), (500, 37), (1, 1), (3, 90), (90, 1), (13, 13)]
+)
+def test_torch_resizes_as_pillow_does_to_within_a_level(folder: Path, shape: tuple[int, int]) -> None:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    smooth = torch.nn.functional.interpolate(
+        torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(1)), shape, mode="bilinear"
+    )
+    for images in (smooth, torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))):
+        bytes_of = list(to_pixels(images))
+        pillow = processor(bytes_of, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        gap = (crop_centre(images, processor) - pillow) * torch.tensor(processor.image_std)[:, None, None] * 255
+        assert gap.abs().max() < 2.01
+        assert gap.abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "aesthetic", "clip_iqa"])
+def test_pictures_can_stay_on_their_device(make: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    published, here = make(name), make(name, resize="torch")
+    expected = published(IMAGES, PROMPTS)
+    assert published.describe().preprocessing == f"pillow-shortest-side-crop-{PIXELS}"
+    assert here.describe().preprocessing == f"torch-shortest-side-crop-{PIXELS}"
+    monkeypatch.setattr("calibri_lightning.rewards.clip_model.to_pixels", None)
+    torch.testing.assert_close(here(IMAGES, PROMPTS), expected, rtol=0.05, atol=0.05)
+    with pytest.raises(UserError, match="resize of the reward .* is 'cv2'; it must be pillow or torch"):
+        make(name, resize="cv2")
+
+
+def test_a_crop_that_would_pad_is_refused(folder: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor.crop_size = {"height": 40, "width": 40}
+    with pytest.raises(UserError, match="Use resize: pillow"):
+        crop_centre(IMAGES, processor)

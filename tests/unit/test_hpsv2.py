@@ -14,8 +14,9 @@ from torch import Tensor
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
-from calibri_lightning.rewards.hpsv2 import FILE, HpsV2, fit_longest_side
+from calibri_lightning.rewards.hpsv2 import _MEAN, _STD, FILE, HpsV2
 from calibri_lightning.rewards.open_clip_keys import load_open_clip
+from calibri_lightning.rewards.resizing import fit_longest_side
 
 TEXTS = ("cat", "red dog", "", "two dogs and a cat and more", "blue", "cat")
 SIZES = ((40, 56), (56, 40), (28, 28), (28, 20), (1, 1), (1, 90), (90, 1), (10, 1), (200, 3), (3, 7))
@@ -62,7 +63,7 @@ def fitted_by_pillow(image: Tensor, size: int) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_whole_picture_is_fitted_on_black(size: tuple[int, int]) -> None:
     image = torch.rand(3, *size, generator=RANDOM)
-    [ours] = fit_longest_side(image[None], PIXELS)
+    [ours] = fit_longest_side(image[None], PIXELS, _MEAN, _STD)
     torch.testing.assert_close(ours.double(), fitted_by_pillow(image, PIXELS), atol=1e-5, rtol=0)
 
 
