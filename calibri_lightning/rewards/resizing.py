@@ -62,7 +62,8 @@ def crop_centre(images: Tensor, processor: Any) -> Tensor:
     side, (height, width) = int(processor.size["shortest_edge"]), images.shape[-2:]
     # As transformers: the longer side is rounded down.
     tall, wide = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
-    # Columns, then rows, with 8 bits in between: Pillow's way, which cuts off what overshoots 0..1 twice.
+    # Columns, then rows, with 8 bits in between: Pillow's way (but for very long pictures), which cuts off what
+    # overshoots 0..1 twice.
     resized = rounded(resize(rounded(resize(rounded(images), height, wide)), tall, wide))
     crop = (int(processor.crop_size["height"]), int(processor.crop_size["width"]))
     if crop[0] > tall or crop[1] > wide:
