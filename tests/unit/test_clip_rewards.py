@@ -272,9 +272,10 @@ def test_torch_resizes_as_pillow_does_to_within_a_level(folder: Path, shape: tup
         bytes_of = list(to_pixels(images))
         pillow = processor(bytes_of, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
         gap = (crop_centre(images, processor) - pillow) * torch.tensor(processor.image_std)[:, None, None] * 255
-        assert (gap.abs() > 0.5).float().mean() < 0.05
         # Of very long pictures, Pillow 13 resizes rows first.
-        assert gap.abs().max() < (1.01 if max(shape) < 4 * min(shape) else 20)
+        usual = max(shape) < 4 * min(shape)
+        assert gap.abs().max() < (1.01 if usual else 20)
+        assert (gap.abs() > 0.5).float().mean() < (0.05 if usual else 0.3)
 
 
 @pytest.mark.parametrize("name", ["pickscore", "clipscore", "aesthetic", "clip_iqa"])
