@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calibri_lightning.backbones.loading import DType
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards.base import ModelInfo
-from calibri_lightning.rewards.clip_model import OPENAI_LARGE, ClipReward
+from calibri_lightning.rewards.clip_model import ClipReward
 from calibri_lightning.rewards.loading import check_names, commit_of, find_file, load_part, name_of, read_tensors
 from calibri_lightning.rewards.resizing import Resize
 
@@ -41,7 +41,7 @@ class Aesthetic(ClipReward):
 
     def __init__(
         self,
-        pretrained: str = OPENAI_LARGE,
+        pretrained: str | None = None,
         processor: str | None = None,
         revision: str | None = None,
         dtype: DType = "float32",

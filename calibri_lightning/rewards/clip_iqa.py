@@ -16,7 +16,7 @@ from torch import Tensor
 from calibri_lightning.backbones.loading import DType
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
-from calibri_lightning.rewards.clip_model import OPENAI_LARGE, ClipReward
+from calibri_lightning.rewards.clip_model import ClipReward
 from calibri_lightning.rewards.resizing import Resize
 
 
@@ -27,7 +27,7 @@ class ClipIqa(ClipReward):
 
     def __init__(
         self,
-        pretrained: str = OPENAI_LARGE,
+        pretrained: str | None = None,
         processor: str | None = None,
         revision: str | None = None,
         dtype: DType = "float32",

@@ -52,12 +52,16 @@ class ClipReward(Reward):
     """
 
     pixels = "uint8"
+    published = OPENAI_LARGE
+    """The weights that it is defined by."""
+    published_processor: str | None = None
+    """Tokenizer and preprocessing that their authors use with them; None for what lies beside them."""
     _kind: Literal["folder", "file or folder"] = "folder"
     """What weights on this machine may be."""
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         processor: str | None = None,
         revision: str | None = None,
         dtype: DType = "float32",
@@ -68,8 +72,10 @@ class ClipReward(Reward):
         """Loads nothing yet.
 
         Args:
-            pretrained: A folder or a Hub id of a CLIP model of transformers, with safetensors weights.
-            processor: A folder or a Hub id of its tokenizer and preprocessing; by default what lies beside the weights.
+            pretrained: A folder or a Hub id of a CLIP model of transformers, with safetensors weights; by default the
+                published one.
+            processor: A folder or a Hub id of its tokenizer and preprocessing; by default its authors' choice for the
+                published weights, and what lies beside them for others.
             revision: Branch, tag or commit of the Hub repository of the weights.
             dtype: Type of weights and activations: float32, or bfloat16 with half the memory and noisier scores.
             device: Where to score; by default where the pictures are.
@@ -83,7 +89,9 @@ class ClipReward(Reward):
         self._batch_size, self._resize = checked_batch_size(self.name, batch_size), checked_resize(self.name, resize)
         self._device = checked_device(self.name, device)
         self._dtype = torch_dtype(dtype)
-        self._pretrained, self._processor, self._revision = pretrained, processor or pretrained, revision
+        place = pretrained or self.published
+        beside = self.published_processor if place == self.published else None
+        self._pretrained, self._processor, self._revision = place, processor or beside or place, revision
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Loads the model.

@@ -16,7 +16,7 @@ from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardConfig, RewardSet
 from calibri_lightning.rewards.finding import find_reward
-from calibri_lightning.rewards.pickscore import PUBLISHED, PUBLISHED_PROCESSOR, PickScore
+from calibri_lightning.rewards.pickscore import PickScore
 
 TEXTS = ("cat", "red dog", "a", "cat", "two dogs", "cat", "blue")
 PROMPTS = tuple(Prompt(text, index) for index, text in enumerate(TEXTS))
@@ -103,7 +103,7 @@ def test_nothing_is_loaded_before_prompts_are_checked(folder: Path, monkeypatch:
 
 
 def test_the_processor_is_the_authors_for_the_published_weights_and_the_folders_own_else(folder: Path) -> None:
-    assert (PickScore()._pretrained, PickScore()._processor) == (PUBLISHED, PUBLISHED_PROCESSOR)
+    assert (PickScore()._pretrained, PickScore()._processor) == (PickScore.published, PickScore.published_processor)
     assert PickScore(str(folder))._processor == str(folder)
     assert PickScore(str(folder), processor="some/other")._processor == "some/other"
 
@@ -112,7 +112,7 @@ def test_the_processor_is_the_authors_for_the_published_weights_and_the_folders_
     ("options", "message"),
     [
         ({"pretrained": "/no/such/folder"}, "weights .* '/no/such/folder' is neither an existing folder nor a Hub id"),
-        ({}, f"weights .* could not be loaded from '{PUBLISHED}' .*options: {{pretrained: FOLDER}}"),
+        ({}, f"weights .* could not be loaded from '{PickScore.published}' .*options: {{pretrained: FOLDER}}"),
     ],
 )
 def test_a_missing_model_is_found_before_any_work(options: dict[str, str], message: str) -> None:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ from numpy.typing import NDArray
 
 from calibri_lightning.serving.protocol import PromptText, RewardInfo
 from calibri_lightning.serving.scorer import Scorer
-from calibri_lightning.serving.scripts.shared import add_model_options, batches, to_pillow
+from calibri_lightning.serving.scripts.shared import add_model_options, batches, commit, to_pillow
 
 _REPOSITORY = "zhiyuanyou/DeQA-Score-Mix3"
 
@@ -114,14 +113,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, batch_size=8)
     parser.add_argument("--pretrained", default=_REPOSITORY, help="Hub id or folder of the model")
     parser.add_argument(
-        "--revision", type=_commit, required=True, help="commit on the Hub, 40 digits; its code is executed: read it"
+        "--revision", type=commit, required=True, help="commit on the Hub, 40 digits; its code is executed: read it"
     )
-
-
-def _commit(text: str) -> str:
-    if not re.fullmatch("[0-9a-f]{40}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no commit of 40 hexadecimal digits, and branches and tags move")
-    return text
 
 
 def make(options: argparse.Namespace) -> Scorer:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from calibri_lightning.serving.protocol import PromptText, RewardInfo
 from calibri_lightning.serving.scorer import Scorer
-from calibri_lightning.serving.scripts.shared import add_model_options, batches, to_pillow
+from calibri_lightning.serving.scripts.shared import add_model_options, batches, commit, to_pillow
 
 _REPOSITORY = "q-future/one-align"
 _COMMIT = (
@@ -136,7 +136,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("quality", "aesthetics"), default="quality", help="what is scored")
     parser.add_argument("--both", action="store_true", help="report the other task beside it, at twice the time")
     parser.add_argument("--pretrained", default=_REPOSITORY, help="Hub id or folder of the model")
-    parser.add_argument("--revision", default=_COMMIT, help="commit on the Hub; its code is executed")
+    parser.add_argument(
+        "--revision", type=commit, default=_COMMIT, help="commit on the Hub, 40 digits; its code is executed"
+    )
 
 
 def make(options: argparse.Namespace) -> Scorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,20 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return number
+
+
+def commit(text: str) -> str:
+    """Reads a commit, of code that will be executed.
+
+    Args:
+        text: What was given on the command line.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ArgumentTypeError: If it is none.
+    """
+    if not re.fullmatch("[0-9a-f]{40}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no commit of 40 hexadecimal digits, and branches and tags move")
+    return text
