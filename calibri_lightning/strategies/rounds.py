@@ -257,11 +257,7 @@ def _run(
     generation: Generation,
     board: _Board,
 ) -> str | None:
-    """Fills the board, round by round.
-
-    Returns:
-        Why the generation is useless; None if it is not.
-    """
+    """Fills the board, round by round; says why the generation is useless, if it is."""
 
     def decide() -> tuple[Cells, str | None]:
         assert core is not None, "only rank 0 decides"
