@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibri_lightning.arrays import Floats
+from calibri_lightning.arrays import Floats, means
 from calibri_lightning.strategies.base import Candidate
 from calibri_lightning.strategies.selection import START
 
@@ -82,8 +82,7 @@ class Validation:
         if not module.blend.is_plain:
             totals = self._judged(module, each)
         self.means = {
-            name: {reward: float(np.nanmean(v)) for reward, v in rewards.items() if np.isfinite(v).any()}
-            for name, rewards in each.items()
+            name: {reward: float(means(values)) for reward, values in rewards.items()} for name, rewards in each.items()
         }
         scores = validation_scores(totals)
         module.strategy.on_validated(module, scores)

@@ -125,6 +125,11 @@ class Blend:
         """Whether a picture's number depends on its own rewards alone."""
         return self.normalise == "none"
 
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether single rewards must be kept: to be compared, or because there is more than one to be reported."""
+        return not self.is_plain or len(self.names) > 1
+
     def parts(self, each: Mapping[str, Floats]) -> Floats:
         """The rewards that are optimised, within their limits.
 
@@ -169,6 +174,17 @@ class Blend:
         elif scale is not None:
             masked = scale.apply(masked)
         return self._sum(masked)
+
+    def plain(self, parts: Floats) -> Floats:
+        """The weighted sum of rewards as they are, which means the same in every step.
+
+        Args:
+            parts: [R, ...].
+
+        Returns:
+            [...]; NaN where a part is.
+        """
+        return self._sum(parts)
 
     def learn(self, parts: Floats) -> None:
         """Takes note of the pictures of a finished training step.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 
-from calibri_lightning.arrays import Floats
+from calibri_lightning.arrays import Floats, means
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
@@ -158,8 +158,8 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         assert rewards is not None, "on_train_batch_end before training_step"
         self._status = on_rank_zero(trainer, lambda: self._tell(generation, rewards))
         self._history = self._complete_history()
-        self._generation = self._rewards = self._parts = None
-        self._publish(trainer, pl_module, rewards)
+        parts, self._generation, self._rewards, self._parts = self._parts, None, None, None
+        self._publish(trainer, pl_module, rewards, parts)
 
     def take_turn(self, module: CalibratedModule, moved: bool) -> None:
         """Goes on from theta as it is: the mean jumps there; step size, covariance and generations go on."""
@@ -301,11 +301,15 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         if self.stop.patience is not None and misses >= self.stop.patience:
             self._end(trainer, f"{misses} validations in a row brought no better score")
 
-    def _publish(self, trainer: Trainer, pl_module: LightningModule, rewards: Floats) -> None:
-        status = self._status
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, rewards: Floats, parts: Floats | None) -> None:
+        status, blend = self._status, cast(CalibratedModule, pl_module).blend
         assert status is not None
         assert status.fitness is not None
-        finite = status.fitness[np.isfinite(status.fitness)]
+        fitness = status.fitness
+        if parts is not None and not blend.is_plain:
+            # What is told to the core is about 0 in every generation; curves show rewards as they are.
+            fitness = means(blend.plain(parts), axis=1)
+        finite = fitness[np.isfinite(fitness)]
         asked = ~np.isnan(rewards)
         self.report = GenerationReport(
             generation=self.generation,
@@ -319,6 +323,8 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         )
         names = ("reward_mean", "reward_best", "images", "failed", "dropped")
         values = {name: float(getattr(self.report, name)) for name in names} | dict(status.diagnostics)
+        if parts is not None:
+            values |= {f"reward/{name}": float(means(part)) for name, part in zip(blend.names, parts, strict=True)}
         for name, value in values.items():
             pl_module.log(f"train/{name}", value)
         if status.stop is not None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibri_lightning.arrays import means
 from calibri_lightning.errors import UserError
 from calibri_lightning.strategies.advantages import Advantages, advantages
 from calibri_lightning.strategies.base import CalibratedModule
@@ -253,7 +254,7 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         module.watch.trained(rollout.diversity)
         watched = {name: scores for name, scores in rollout.each.items() if name not in module.rewards.held_out_names}
         for name, scores in watched.items():
-            values[f"reward/{name}"] = float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
+            values[f"reward/{name}"] = float(means(scores))
         values |= {
             "diversity": rollout.diversity,
             "advantage_std": worth.std,

@@ -141,7 +141,7 @@ def pose(
     seeds = module.noise_seeds(batch)
     judged_by = json.dumps(dict(module.judged_by), sort_keys=True)
     task = digest(digest_candidates(thetas), fingerprint(batch.prompts), json.dumps(seeds), judged_by)
-    num_parts = None if module.blend.is_plain else len(module.blend.names)
+    num_parts = len(module.blend.names) if module.blend.keeps_parts else None
     recall = ledger.recall(number, task, (core.popsize, core.num_slots), num_parts)
     if recall.progress is not None:
         progress = recall.progress
@@ -156,7 +156,7 @@ class Judged:
     rewards: Floats
     """[K, S], complete and fit to be told."""
     parts: Floats | None
-    """Single rewards [R, K, S], where a picture's worth depends on those of others."""
+    """Single rewards [R, K, S], where there are several, or a picture's worth depends on those of others."""
 
 
 def evaluate(
@@ -212,7 +212,7 @@ class _Board:
         self._blend, self._known = blend, known
         self._totals, self._done = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
         self._scale: Scale | None = None
-        self.parts = None if blend.is_plain else np.full((len(blend.names), *shape), np.nan)
+        self.parts = np.full((len(blend.names), *shape), np.nan) if blend.keeps_parts else None
 
     @property
     def known(self) -> Floats | None:
@@ -245,7 +245,9 @@ class _Board:
     @property
     def rewards(self) -> Floats:
         """[K, S]: NaN = not made, `FAILED` = not finite."""
-        judged = self._totals if self.parts is None else self._blend.total(self.parts, self._scale)
+        judged = self._totals
+        if self.parts is not None and not self._blend.is_plain:
+            judged = self._blend.total(self.parts, self._scale)
         return np.where(self._done, np.where(np.isfinite(judged), judged, FAILED), np.nan)
 
 
@@ -265,7 +267,7 @@ def _run(
         return core.next_cells(rewards), core.rejection(rewards)
 
     def done(unit: UnitResult) -> None:
-        parts = None if module.blend.is_plain else module.blend.parts(unit.each)
+        parts = module.blend.parts(unit.each) if module.blend.keeps_parts else None
         ledger.record_unit(generation.number, generation.task, unit.cells, unit.rewards, parts)
 
     while True:

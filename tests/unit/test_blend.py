@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from calibri_lightning.arrays import means
 from calibri_lightning.errors import UserError
 from calibri_lightning.rewards import RewardConfig, RewardSet
 from calibri_lightning.rewards.base import FunctionReward
@@ -144,3 +145,9 @@ def test_each_reward_counts_the_same_whatever_its_unit() -> None:
 
 def test_a_function_reward_keeps_its_name() -> None:
     assert FunctionReward("a", lambda images, prompts: images).name == "a"
+
+
+def test_means_of_what_is_finite() -> None:
+    values = np.array([[1.0, np.nan, 3.0], [np.inf, -np.inf, np.nan]])
+    np.testing.assert_array_equal(means(values, axis=1), [2.0, np.nan])
+    assert means(values) == 2.0

@@ -75,6 +75,16 @@ def test_normalising_twice_and_resuming_with_another_way_are_refused(runs: TinyR
     assert "normalise" in message
 
 
+@pytest.mark.parametrize("normalise", ["none", "rank"])
+def test_curves_of_a_search_show_every_reward_as_it_is(runs: TinyRuns, normalise: str) -> None:
+    run = runs.fit("a", *CMA, STEPS, TWO, f"--model.normalise={normalise}", "--data.val=null")
+    logged = metrics(run)
+    one, other = (np.array(logged[f"train/reward/{name}"]) for name in ("tiny_rewards:redness", "jpeg_compressibility"))
+    assert (other <= -0.5).all(), "within its limits"
+    # Halving: later rounds have fewer candidates, so means over pictures and over candidates differ a little.
+    np.testing.assert_allclose(logged["train/reward_mean"], one + 0.2 * other, atol=0.02)
+
+
 def test_what_is_held_out_is_reported_and_changes_nothing(
     runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
