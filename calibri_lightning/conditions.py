@@ -126,7 +126,7 @@ class Conditions:
             One `Condition` each.
         """
         every = [{name: np.concatenate(parts) for name, parts in rewards.items()} for rewards in self._rewards]
-        if not module.blend.is_plain and len(module.blend.names) > 1:
+        if module.blend.changes_units:
             reference = module.blend.scale_of(every[0])
             every = [rewards | {module.reward_name: module.blend.judge(rewards, reference)} for rewards in every]
         num_members = len(module.layout.members)

@@ -162,8 +162,8 @@ class CalibriModule(LightningModule):
 
     @property
     def reward_name(self) -> str:
-        """What the optimised number is called."""
-        return self.rewards.title
+        """What the optimised number is called where candidates are compared: in validations and tests."""
+        return f"{self.rewards.title} (in stds)" if self.blend.changes_units else self.rewards.title
 
     @property
     def judged_by(self) -> Mapping[str, str | int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 
 from calibri_lightning.backbones import FLUX1, FLUX2, SD3, Krea2, Lumina2, QwenImage, Stock, ZImage
+from calibri_lightning.rewards.finding import RewardConfig
 from calibri_lightning.sampling.kernels import CPS, DanceSDE, FlowSDE
 from calibri_lightning.sampling.windows import AllSteps, RandomWindow, SlidingWindow
 from calibri_lightning.strategies import CMAES, Alternate, DiffusionNFT, FlowGRPO, PairES
@@ -22,6 +24,11 @@ _OF_KEY: Mapping[str, tuple[type, ...]] = {
     "kernel": KERNELS,
     "window": WINDOWS,
 }
+_REWARD_KEYS = tuple(field.name for field in fields(RewardConfig))
+_REWARD_RULE = (
+    "each reward has a weight, {pickscore: 1.0}, or some of the keys "
+    f"{', '.join(_REWARD_KEYS)}: {{pickscore: {{weight: 1.0, options: {{dtype: bfloat16}}}}}}"
+)
 _KEY = re.compile(r"\"([\w.]+)\": (?:Problem with given class_path '[^']+': )?")
 """What jsonargparse puts before a reason, once for each level of the configuration."""
 
@@ -38,9 +45,12 @@ def explain(message: str) -> str:
     text = " ".join(message.replace("Parser key ", "").split()).rstrip(".")
     if '"model.rewards"' in text:
         # What jsonargparse says of a union is a list of all that it tried; the value comes last.
+        return f"model.rewards does not take {text.rpartition(' value: ')[2]}; {_REWARD_RULE}"
+    if '"model.held_out"' in text:
         return (
-            f"model.rewards does not take {text.rpartition(' value: ')[2]}; each reward has a weight, or a weight "
-            "with options: {pickscore: 1.0} or {pickscore: {weight: 1.0, options: {dtype: bfloat16}}}"
+            f"model.held_out does not take {text.rpartition(' value: ')[2]}; it is a list of names, [clipscore, "
+            "hpsv2], or names with options or null: {clipscore: null, hpsv2: {options: {dtype: bfloat16}}}. The keys "
+            f"of a reward are {', '.join(_REWARD_KEYS)}"
         )
     if '"model.rows_per_forward"' in text:
         return f"model.rows_per_forward does not take {text.rpartition(' value: ')[2]}; it is a whole number, or auto"

@@ -162,7 +162,8 @@ class RunReport:
         chosen = None if best is None else (trace.images_at(best.generation), best.score)
         course = Convergence(
             trace.images,
-            trace.train,
+            # Training shows rewards as they are, validation in stds where they are normalised: no common axis.
+            [math.nan] * len(trace.train) if module.blend.changes_units else trace.train,
             trace.pace,
             trace.validation_images,
             trace.validation,

@@ -59,8 +59,10 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
     here = describe(module, module.layout, module.backbone.transformer, module.policy.network_names)
     require_same(here, checkpoint)
     module.budget, module.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
-    module.blend.load_state(checkpoint[KEY]["blend"])
-    module.watch = Watch(**checkpoint[KEY]["watch"])
+    # Absent from checkpoints of versions that knew neither.
+    if "blend" in checkpoint[KEY]:
+        module.blend.load_state(checkpoint[KEY]["blend"])
+        module.watch = Watch(**checkpoint[KEY]["watch"])
     module.policy.load_state_dict(checkpoint[KEY]["policy"])
     answer = checkpoint[KEY]["answer"]
     module.answer = Candidate(answer["theta"].numpy().astype(np.float64), answer["weights"])

@@ -25,10 +25,13 @@ class Validation:
 
     Args:
         candidates: By name; may be empty.
+        start: The start, where its scores are needed and the strategy does not offer it: it is told to nobody.
     """
 
-    def __init__(self, candidates: Mapping[str, Candidate]) -> None:
-        self._candidates = dict(candidates)
+    def __init__(self, candidates: Mapping[str, Candidate], start: Candidate | None = None) -> None:
+        self._adds_start = start is not None
+        self._candidates = dict(candidates) if start is None else {START: start, **candidates}
+        candidates = self._candidates
         self._rewards: dict[str, list[Floats]] = {name: [] for name in candidates}
         self._each: dict[str, dict[str, list[Floats]]] = {name: {} for name in candidates}
         self.means: dict[str, dict[str, float]] = {}
@@ -44,7 +47,9 @@ class Validation:
         Returns:
             A pass that has not scored anything yet.
         """
-        return cls(module.strategy.validation_candidates(module))
+        offered = module.strategy.validation_candidates(module)
+        needed = module.blend.lacks_reference or module.watch.lacks(_watched(module))
+        return cls(offered, module.start if offered and needed and START not in offered else None)
 
     def score(self, module: CalibriModule, batch: PromptBatch) -> None:
         """Scores the candidates on a batch, if there are any.
@@ -79,23 +84,24 @@ class Validation:
             for name, rewards in self._each.items()
         }
         totals = {name: np.concatenate(parts) for name, parts in self._rewards.items()}
-        if not module.blend.is_plain:
-            totals = self._judged(module, each)
+        if module.blend.changes_units:
+            # In units of the start's scores in the first validation of the run.
+            reference = module.blend.reference(each.get(START))
+            totals = {name: module.blend.judge(rewards, reference) for name, rewards in each.items()}
+        module.watch.validated(totals, each, _watched(module))
+        if self._adds_start:
+            del totals[START], each[START]
         self.means = {
             name: {reward: float(means(values)) for reward, values in rewards.items()} for name, rewards in each.items()
         }
         scores = validation_scores(totals)
         module.strategy.on_validated(module, scores)
         module.trace.add_validation(scores)
-        watched = [name for entry in module.rewards.watched for name in entry.names]
-        module.watch.validated(totals, each, watched)
         return scores
 
-    def _judged(self, module: CalibriModule, each: Mapping[str, Mapping[str, Floats]]) -> dict[str, Floats]:
-        """One number a prompt, in units of the start's scores in the first validation of the run."""
-        first = each[START] if START in each else next(iter(each.values()))
-        reference = module.blend.reference(first)
-        return {name: module.blend.judge(rewards, reference) for name, rewards in each.items()}
+
+def _watched(module: CalibriModule) -> list[str]:
+    return [name for entry in module.rewards.watched for name in entry.names]
 
 
 def validation_metrics(

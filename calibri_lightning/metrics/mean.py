@@ -16,6 +16,7 @@ class FiniteMean(Metric):
         total: Sum of the finite numbers of each column, float64.
         count: How many they are.
         failed: How many were not finite.
+        identity: A number of what is measured.
     """
 
     is_differentiable = False
@@ -24,12 +25,15 @@ class FiniteMean(Metric):
     total: Tensor
     count: Tensor
     failed: Tensor
+    identity: Tensor
 
-    def __init__(self, columns: int, **kwargs: Any) -> None:
+    def __init__(self, columns: int, identity: int = 0, **kwargs: Any) -> None:
         """Starts at nothing.
 
         Args:
             columns: Number of columns.
+            identity: A number of what is measured. torchmetrics takes metrics of a collection for one as soon as their
+                states are equal, as those of two rewards can be after the first batch; this state keeps them apart.
             **kwargs: Settings of every metric of torchmetrics.
         """
         super().__init__(**kwargs)
@@ -37,6 +41,7 @@ class FiniteMean(Metric):
         self.add_state("total", torch.zeros(columns, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(columns, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("failed", torch.zeros(columns, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("identity", torch.tensor(identity), dist_reduce_fx="max")
 
     def add_rows(self, values: Tensor) -> None:
         """Adds numbers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class RewardMetric(FiniteMean):
             UserError: If there is no such reward, or it does not take these options.
         """
         held = _Held(reward, dict(options or {}))
-        super().__init__(len(held.names), **kwargs)
+        super().__init__(len(held.names), held.identity, **kwargs)
         self._held, self._extras = held, extras
 
     @property
@@ -68,7 +69,7 @@ class RewardMetric(FiniteMean):
         pictures = to_float(images, videos=True)
         full = [Prompt(each, index) if isinstance(each, str) else each for index, each in enumerate(prompts)]
         whole = pictures.isfinite().flatten(1).all(dim=1)
-        self._held.check(full)
+        self.reward.check(full)
         measured = measure_checked(self.reward, pictures.nan_to_num(0, 0, 0), full)
         rows = torch.stack([measured[name] for name in self._held.names], dim=1)
         self.add_rows(torch.where(whole[:, None], rows, torch.nan))
@@ -99,14 +100,14 @@ class _Held:
         self._made_from = (reward, options)
         self.reward = reward if isinstance(reward, Reward) else find_reward(reward, options)
         self.names = (self.reward.name, *self.reward.extra_names)
-        self._checked: set[str] = set()
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Lets the reward refuse prompts, each text once."""
-        new = [prompt for prompt in prompts if prompt.text not in self._checked]
-        if new:
-            self.reward.check(new)
-        self._checked.update(prompt.text for prompt in new)
+    @property
+    def identity(self) -> int:
+        """A number of 62 bits: the same for copies and pickles, another one for another reward or other options."""
+        reward, options = self._made_from
+        told = f"{type(self.reward).__module__}.{type(self.reward).__qualname__} {self.reward.name} {options}"
+        made_here = f"{told} {id(reward)}" if isinstance(reward, Reward) else f"{told} {reward}"
+        return int.from_bytes(hashlib.sha256(made_here.encode()).digest()[:8], "big") >> 2
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
         return self

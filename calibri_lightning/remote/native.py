@@ -63,6 +63,7 @@ class NativeWire(Wire):
         self._reward, self._codec, self._exact = reward, codec, exact
         self._info: RewardInfo | None = None
         self._limits: Limits | None = None
+        self._has_sent = False
 
     def describe(self) -> RewardInfo | None:
         """Says what scores, once the roster has been read."""
@@ -117,7 +118,13 @@ class NativeWire(Wire):
                 "the same model, revision and version."
             )
         self._refuse_codec(info, roster.limits)
-        self._limits = roster.limits if self._limits is None else _common(self._limits, roster.limits)
+        limits = roster.limits if self._limits is None else _common(self._limits, roster.limits)
+        if self._has_sent and limits != self._limits:
+            raise UserError(
+                "it takes less at once than the servers did when the run began, so that pictures would be put together "
+                "otherwise. Start it with the limits that it had (--max-items, --max-body, --max-pixels, --allow-jpeg)."
+            )
+        self._limits = limits
         self.pixels, self.takes_frames = info.pixels, info.takes_frames
         self.extra_names, self._info = tuple(info.extra_names), info
 
@@ -185,6 +192,7 @@ class NativeWire(Wire):
         Returns:
             The request.
         """
+        self._has_sent = True
         codec = self._codec_for(batch)
         items = [
             Item(picture=pack(pixels, codec), prompt=prompt_text(prompt))

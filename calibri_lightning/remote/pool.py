@@ -101,6 +101,7 @@ class Pool:
         self._clock, self._sleep = clock, sleep
         self._random = random.Random(seed)
         self._lock = threading.Lock()
+        self._down_since: float | None = None
 
     def start(self) -> None:
         """Waits until every server is ready, and has them say what they serve.
@@ -198,7 +199,6 @@ class Pool:
 
     def _take(self, trail: _Trail) -> _Server:
         """The server with the least to do; waits for one if need be."""
-        begun = self._clock()
         while True:
             due = self._due(trail)
             if due is not None:
@@ -211,13 +211,27 @@ class Pool:
                     server = min(free, key=lambda s: s.outstanding)
                     server.outstanding += 1
                     return server
-            if not allowed:
+                pauses = [s.out_until for s in allowed if s.out_until is not None]
+                waited = self._waited()
+            if not pauses:
                 raise RemoteError(_story(trail))
-            now = self._clock()
-            if now - begun >= self._patience.recovery:
-                raise RemoteError(self._all_down(now - begun))
-            next_due = min(s.out_until for s in allowed if s.out_until is not None)
-            self._sleep(max(next_due - now, _TICK))
+            left = self._patience.recovery - waited
+            if left <= 0:
+                raise RemoteError(self._all_down(waited))
+            self._sleep(min(max(min(pauses) - self._clock(), _TICK), left))
+
+    def _waited(self) -> float:
+        """How long no server has been left, for whichever batch; the lock is held.
+
+        Batches that come while all are away share one wait: each on its own would make a run take hours to end.
+        """
+        now = self._clock()
+        if any(s.out_until is None for s in self._servers):
+            self._down_since = None
+            return 0.0
+        if self._down_since is None:
+            self._down_since = now
+        return now - self._down_since
 
     def _due(self, trail: _Trail) -> _Server | None:
         """A server that is out and may be probed now, by this thread alone."""
@@ -242,6 +256,7 @@ class Pool:
         else:
             with self._lock:
                 server.out_until = None
+                self._down_since = None
             _log.info("The server %s is back.", server.address.url)
         finally:
             server.probing = False
@@ -278,8 +293,8 @@ class Pool:
     def _all_down(self, waited: float) -> str:
         told = "; ".join(f"{s.address.url}: {s.last_error.rstrip('.') or 'refused this batch'}" for s in self._servers)
         return (
-            f"No server of the reward came back within {waited:.0f} s. {told}. Start them again, then resume the run "
-            "with --ckpt_path."
+            f"No server of the reward came back within {waited:.0f} s. {told}. Start them again; a run that has ended "
+            "goes on with --ckpt_path."
         )
 
     def _try_to_start(self, server: _Server) -> float | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import ssl
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.cookiejar import DefaultCookiePolicy
 from importlib.metadata import version
 from pathlib import Path
@@ -65,7 +66,7 @@ class Transport:
             )
         self._timeout, self._token, self._ca_file = timeout, token, ca_file
         self._max_reply_bytes, self._clock = max_reply_bytes, clock
-        self._threads = threading.local()
+        self._idle: queue.LifoQueue[requests.Session] = queue.LifoQueue()
 
     def connect(self, address: Address) -> None:
         """Opens a connection and closes it again: all that can be asked of some servers.
@@ -103,15 +104,18 @@ class Transport:
         if request.body:
             what += f" ({len(request.body) / 1e6:.1f} MB)"
         try:
-            with self._session().request(
-                request.method,
-                address.url + request.path,
-                data=request.body or None,
-                headers=self._headers(request),
-                stream=True,
-                allow_redirects=False,
-                timeout=(CONNECT_TIMEOUT, seconds),
-            ) as response:
+            with (
+                self._session() as session,
+                session.request(
+                    request.method,
+                    address.url + request.path,
+                    data=request.body or None,
+                    headers=self._headers(request),
+                    stream=True,
+                    allow_redirects=False,
+                    timeout=(CONNECT_TIMEOUT, seconds),
+                ) as response,
+            ):
                 if response.status_code == 200:
                     return self._read(response, what, self._max_reply_bytes, seconds)
                 raise self._refusal(response, what, seconds)
@@ -126,17 +130,21 @@ class Transport:
                 ) from error
             raise ExchangeError("connection", f"{what} failed ({cause_of(error)})") from error
 
-    def _session(self) -> requests.Session:
-        """The calling thread's own: a Session is not made for several."""
-        if not hasattr(self._threads, "session"):
+    @contextmanager
+    def _session(self) -> Iterator[requests.Session]:
+        """A session for one exchange, with the connections that it still has: one is not made for several threads."""
+        try:
+            session = self._idle.get_nowait()
+        except queue.Empty:
             session = requests.Session()
             # Nothing of the environment: neither proxies nor the passwords of .netrc.
             session.trust_env = False
             session.verify = self._ca_file or True
             session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-            self._threads.session = session
-        made: requests.Session = self._threads.session
-        return made
+        try:
+            yield session
+        finally:
+            self._idle.put(session)
 
     def _headers(self, request: HttpRequest) -> dict[str, str]:
         # identity: a small compressed reply could unpack into a huge one.

@@ -108,6 +108,18 @@ class Reward(ABC):
         """
         return ModelInfo(f"{type(self).__module__}:{type(self).__qualname__}", version("calibri-lightning"))
 
+    def rename(self, name: str) -> None:
+        """Gives it another name in configurations and logs; extra metrics that begin with the old one follow.
+
+        Args:
+            name: The new name.
+        """
+        prefix = f"{self.name}_"
+        self.extra_names = tuple(
+            f"{name}_{extra.removeprefix(prefix)}" if extra.startswith(prefix) else extra for extra in self.extra_names
+        )
+        self.name = name
+
     def recipe(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Says what its scores depend on; a run resumes only where that is unchanged.
 

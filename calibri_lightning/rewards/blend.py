@@ -84,15 +84,10 @@ class Moments:
 
     @property
     def scale(self) -> Scale:
-        """Mean and std so far."""
+        """Mean and std so far; NaN of a reward that had no finite score yet."""
         std = np.sqrt(self.squares / np.maximum(self.count, 1))
-        flat = std <= ROUNDING * np.abs(self.mean)
-        return Scale(self.mean.copy(), np.where(flat, 1.0, std))
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there was no picture yet."""
-        return not self.count.any()
+        flat, empty = std <= ROUNDING * np.abs(self.mean), self.count == 0
+        return Scale(np.where(empty, np.nan, self.mean), np.where(empty, np.nan, np.where(flat, 1.0, std)))
 
 
 class Blend:
@@ -145,14 +140,17 @@ class Blend:
         """The scale of a training step, which is fixed while it lasts.
 
         Args:
-            parts: Parts [R, ...] of its first pictures: the scale of the very first step, before which there is none.
+            parts: Parts [R, ...] of its first pictures: they give the scale of rewards that have none of the steps
+                before, as in the very first one.
 
         Returns:
             The scale; None where rewards are normalised otherwise.
         """
         if self.normalise != "running":
             return None
-        return (Moments.none(len(self.names)).plus(parts) if self._moments.is_empty else self._moments).scale
+        before, now = self._moments.scale, Moments.none(len(self.names)).plus(parts).scale
+        unknown = np.isnan(before.mean)
+        return Scale(np.where(unknown, now.mean, before.mean), np.where(unknown, now.std, before.std))
 
     def total(self, parts: Floats, scale: Scale | None = None) -> Floats:
         """Makes one number of the parts of pictures that compete.
@@ -218,23 +216,33 @@ class Blend:
         """
         return Moments.none(len(self.names)).plus(self.parts(each)).scale
 
-    def reference(self, each: Mapping[str, Floats]) -> Scale:
+    def reference(self, start: Mapping[str, Floats] | None) -> Scale:
         """The reference of the run's validations.
 
         Args:
-            each: Rewards by name, [P], of the start; those of the first call are kept.
+            start: Rewards of the start by name, [P], where they are known now; the first with a finite score of every
+                reward are kept.
 
         Returns:
-            The reference.
+            The reference; NaN as long as there is none.
         """
-        if self._reference is None:
-            self._reference = self.scale_of(each)
-        return self._reference
+        if self._reference is not None:
+            return self._reference
+        nothing = np.full(len(self.names), np.nan)
+        found = Scale(nothing, nothing) if start is None else self.scale_of(start)
+        if np.isfinite(found.mean).all():
+            self._reference = found
+        return found
 
     @property
-    def has_reference(self) -> bool:
-        """Whether a validation has been judged."""
-        return self._reference is not None
+    def changes_units(self) -> bool:
+        """Whether the number that validation and test report is in other units than the rewards."""
+        return not self.is_plain and len(self.names) > 1
+
+    @property
+    def lacks_reference(self) -> bool:
+        """Whether the start's scores are still needed to judge others."""
+        return self.changes_units and self._reference is None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep, as plain lists."""

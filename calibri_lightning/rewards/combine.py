@@ -229,10 +229,14 @@ def held_out_entries(given: Mapping[str, RewardConfig | None] | Iterable[str]) -
     named = given.items() if isinstance(given, Mapping) else ((name, None) for name in given)
     entries = []
     for name, config in named:
+        limits = {} if config is None else {"floor": config.floor, "cap": config.cap}
+        given = [what for what, value in limits.items() if value is not None]
         if config is not None and config.weight not in (0, RewardConfig().weight):
+            given.insert(0, "weight")
+        if given:
             raise UserError(
-                f"The reward {name!r} is held out and has the weight {config.weight!r}; what is held out is never "
-                "optimised. Leave the weight out, or move it to model.rewards."
+                f"The reward {name!r} is held out and has a {given[0]}; what is held out is never optimised. Leave the "
+                f"{given[0]} out, or move the reward to model.rewards."
             )
         entries.append(_entry(name, config or RewardConfig(), held_out=True))
     return entries

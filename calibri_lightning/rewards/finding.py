@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -96,8 +97,10 @@ def find_reward(name: str, options: Mapping[str, Any] | None = None, called: str
     found = _look_up(name, options or {})
     made = found(**(options or {})) if isinstance(found, type) else found
     if isinstance(made, Reward):
-        if called is not None and called != made.name and called != name:
-            made.name = called
+        if called is not None and called not in (made.name, name):
+            # A copy: one that was imported belongs to somebody.
+            made = copy.copy(made)
+            made.rename(called)
         return made
     if callable(made):
         return FunctionReward(called or name, made)

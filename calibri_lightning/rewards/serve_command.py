@@ -33,7 +33,7 @@ def run_serve(arguments: Sequence[str]) -> int:
         from calibri_lightning.serving.run import serve
 
         given = _parser().parse_args(list(arguments))
-        serve(make_scorers(given.reward, given.options, given.device), read_options(given))
+        serve(make_scorers(given.reward, given.options, getattr(given, "device", [])), read_options(given))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         required=True,
+        default=argparse.SUPPRESS,
         metavar="NAME",
         help=f"what to serve, once for each reward: {', '.join(BUILT_IN)}, or package.module:name",
     )
@@ -115,7 +116,6 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu, cuda or cuda:N, once for all rewards or once for each (default: the first GPU, or the CPU)",
     )
     add_arguments(parser)
-    parser.set_defaults(device=[])
     return parser
 
 

@@ -58,13 +58,13 @@ class ShapesReward(Reward):
             prompts: Prompts with a scene.
 
         Returns:
-            "shapes" and "shapes_strict", each [B].
+            The soft score under its name, the strict one under its extra name, each [B].
 
         Raises:
             UserError: If a prompt's metadata describes no scene.
         """
         scores = self._checker.score(images, [Scene.from_metadata(prompt.metadata) for prompt in prompts])
-        return {"shapes": scores.soft, "shapes_strict": scores.strict}
+        return dict(zip((self.name, *self.extra_names), (scores.soft, scores.strict), strict=True))
 
     def features(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Describes pictures by place, size and presence of the objects of their captions.

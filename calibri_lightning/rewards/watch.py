@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from calibri_lightning.arrays import Floats
+from calibri_lightning.arrays import ROUNDING, Floats
 
 STANDARD_ERRORS = 2.0
 """A mean difference of so many standard errors counts."""
+START = "start"
+"""The candidate that others are compared with."""
 WINDOW = 10
 """Training steps whose diversity is averaged: the first so many, and the last."""
 LEAST_DIVERSITY = 0.8
@@ -43,8 +45,19 @@ class Watch:
 
     @property
     def is_watching(self) -> bool:
-        """Whether there is anything that could fall."""
-        return bool(self.start_each) or len(self.diversity) >= 2 * WINDOW
+        """Whether there is anything that could be seen to fall."""
+        return bool(self.start_total) and (bool(self.start_each) or len(self.diversity) >= 2 * WINDOW)
+
+    def lacks(self, watched: Sequence[str]) -> bool:
+        """Whether the start's scores are still needed: of a run that begins, or of a reward that is watched since then.
+
+        Args:
+            watched: Names of those that play no part in what is optimised.
+
+        Returns:
+            Whether they are.
+        """
+        return bool(watched) and (not self.start_total or any(name not in self.start_each for name in watched))
 
     def trained(self, diversity: float) -> None:
         """Takes note of a training step.
@@ -68,21 +81,21 @@ class Watch:
         Returns:
             What is alarming, a sentence each.
         """
-        if "start" in totals and not self.start_total:
-            self.start_total = totals["start"].tolist()
-            self.start_each = {name: each["start"][name].tolist() for name in watched}
-        others = [name for name in totals if name != "start"]
+        if START in totals:
+            self._begin(totals[START], each[START], watched)
+        others = [name for name in totals if name != START]
         if not others or not self.start_total:
             return ()
         alarms: dict[str, str] = {}
         for name in others:
             gain, error = _paired(totals[name], self.start_total)
-            # `not >` also where there is no number.
-            if not gain > STANDARD_ERRORS * error:
+            if not _counts(gain, error, self.start_total):
                 continue
-            for reward, start in self.start_each.items():
+            # Another run may have watched others.
+            for reward in (reward for reward in watched if reward in self.start_each):
+                start = self.start_each[reward]
                 change, spread = _paired(each[name][reward], start)
-                if change < -STANDARD_ERRORS * spread:
+                if _counts(-change, spread, start):
                     alarms[reward] = (
                         f"{name} gained {gain:+.4g} +- {error:.2g} of what is optimised over the start and lost "
                         f"{change:+.4g} +- {spread:.2g} of {reward}"
@@ -102,6 +115,14 @@ class Watch:
             )
         return tuple(alarms.values())
 
+    def _begin(self, total: Floats, each: Mapping[str, Floats], watched: Sequence[str]) -> None:
+        """Takes the start's scores, where they are not known yet and there are any."""
+        if not self.start_total and np.isfinite(total).any():
+            self.start_total = total.tolist()
+        for name in watched:
+            if name not in self.start_each and np.isfinite(each[name]).any():
+                self.start_each[name] = each[name].tolist()
+
     def state(self) -> dict[str, Any]:
         """The watch as plain lists and numbers.
 
@@ -120,6 +141,11 @@ class Watch:
         if len(self.diversity) < 2 * WINDOW:
             return math.nan, math.nan
         return float(np.mean(self.diversity[:WINDOW])), float(np.mean(self.diversity[-WINDOW:]))
+
+
+def _counts(rise: float, error: float, start: Sequence[float]) -> bool:
+    """Whether a difference is more than chance and more than rounding; False where there is none."""
+    return rise > STANDARD_ERRORS * error + ROUNDING * float(np.nanmax(np.abs(start)))
 
 
 def _paired(values: Floats, start: Sequence[float]) -> tuple[float, float]:

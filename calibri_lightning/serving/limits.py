@@ -138,8 +138,9 @@ class Gate:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """Reads the body; None if the client went away."""
-        # Only POST has a body, so that what needs no token holds no memory either.
-        most = self._service.options.max_body_bytes if scope["method"] == "POST" else 0
+        # What needs no token has no body, and so holds no memory either.
+        has_body = scope["method"] == "POST" and scope["path"] not in OPEN_PATHS
+        most = self._service.options.max_body_bytes if has_body else 0
         too_large = Refusal(413, f"The body is larger than {most} bytes, the most that is taken here.")
         announced = _values(scope, b"content-length")
         # The HTTP parser has made sure that it is one number of at most 20 digits.

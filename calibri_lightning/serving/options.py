@@ -175,7 +175,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"file with the token that clients must show; without it the environment variable {TOKEN_VARIABLE}",
     )
-    add("--max-batch", type=int, default=default.max_batch, help="most pictures of a call of a reward")
+    add(
+        "--max-batch",
+        type=int,
+        default=default.max_batch,
+        help="most pictures of a call, but for exact requests, as fits send",
+    )
     add(
         "--batch-window-ms",
         type=float,

@@ -188,7 +188,8 @@ def _summarize(service: RewardService, url: str) -> str:
     return (
         f"ready on {url}: {rewards}. {'Token required' if options.token else 'No token'}; at most "
         f"{options.max_body_bytes / 2**20:g} MiB and {options.max_items} pictures of {options.max_pixels} pixels a "
-        f"request, {options.max_batch} a batch, {options.max_queue} waiting; {', '.join(options.codecs)}"
+        f"request, {options.max_batch} a batch of several requests, {options.max_queue} waiting; "
+        f"{', '.join(options.codecs)}"
     )
 
 

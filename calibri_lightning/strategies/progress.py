@@ -139,4 +139,4 @@ class TraceRecorder(Callback):
             return
         images, seconds = pl_module.budget.images - self._images_before, time.monotonic() - self._started_at
         pl_module.trace.add_generation(report)
-        pl_module.last_generation = stats_of(report, pl_module.reward_name, images, seconds)
+        pl_module.last_generation = stats_of(report, pl_module.rewards.title, images, seconds)

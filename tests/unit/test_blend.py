@@ -109,7 +109,9 @@ def test_validations_of_a_run_share_the_scale_of_its_start() -> None:
     made = blend("rank")
     start = dict(zip(made.names, PARTS[:, :, 0], strict=True))
     better = {name: values + values.std() for name, values in start.items()}
+    assert made.lacks_reference
     reference = made.reference(start)
+    assert not made.lacks_reference
     np.testing.assert_allclose(made.judge(start, reference).mean(), 0, atol=1e-12)
     np.testing.assert_allclose(made.judge(better, reference).mean(), 1.0 - 0.5)
     assert made.reference(better) is reference
@@ -125,7 +127,7 @@ def test_a_checkpoint_brings_everything_back() -> None:
     assert one is not None
     assert other is not None
     assert one.mean.tobytes() == other.mean.tobytes()
-    assert again.has_reference
+    assert not again.lacks_reference
 
 
 def test_an_unknown_way_is_refused() -> None:
@@ -151,3 +153,18 @@ def test_means_of_what_is_finite() -> None:
     values = np.array([[1.0, np.nan, 3.0], [np.inf, -np.inf, np.nan]])
     np.testing.assert_array_equal(means(values, axis=1), [2.0, np.nan])
     assert means(values) == 2.0
+
+
+def test_a_reward_that_failed_at_the_start_has_no_unit_until_it_has_scores() -> None:
+    made = blend("running")
+    broken = PARTS.copy()
+    broken[1] = np.nan
+    start = dict(zip(made.names, broken[:, :, 0], strict=True))
+    assert np.isnan(made.judge(start, made.reference(start))).all()
+    assert made.lacks_reference
+    assert np.isnan(made.reference(None).mean).all()
+    made.learn(broken)
+    scale = made.scale(PARTS)
+    assert scale is not None
+    np.testing.assert_allclose(scale.mean, PARTS.mean(axis=(1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(scale.std, PARTS.std(axis=(1, 2)), rtol=1e-12)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_rewards
+import torch
 from run_files import checkpoint, last
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import CMA, OFFICIAL, PAIRS, Capture, TinyRuns, forked, refused
@@ -132,9 +133,49 @@ def test_too_many_failures_end_the_run(runs: TinyRuns, capsys: Capture) -> None:
     assert "on_failure: nan" in message
 
 
+def test_what_is_held_out_may_change_when_a_run_goes_on(runs: TinyRuns) -> None:
+    one, other = "--model.held_out=[jpeg_compressibility]", '--model.held_out=["tiny_rewards:redness_uncounted"]'
+    whole = runs.fit("whole", *CMA, STEPS)
+    half = runs.fit("half", *CMA, one, "--trainer.max_steps=1")
+    resumed = runs.fit("half", *CMA, other, STEPS, f"--ckpt_path={last(half)}")
+    # Not to the byte: the start is scored once more, in units with the candidates of that validation.
+    values = [json.loads((path / "calibration.json").read_text())["values"] for path in (resumed, whole)]
+    assert values[0] == values[1]
+    watch = checkpoint(resumed)["calibri_lightning"]["watch"]
+    assert set(watch["start_each"]) == {"jpeg_compressibility", "tiny_rewards:redness_uncounted"}
+    logged = metrics(resumed)
+    assert "val/start" not in logged, "the start is asked for the watch alone"
+    assert len(logged["val/alarms"]) == 2
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(runs: TinyRuns) -> None:
+    half = runs.fit("half", *CMA, "--trainer.max_steps=1")
+    whole = checkpoint(half)
+    for key in ("blend", "watch"):
+        del whole["calibri_lightning"][key]
+    torch.save(whole, last(half))
+    runs.fit("half", *CMA, "--trainer.max_steps=2", f"--ckpt_path={last(half)}")
+
+
+def test_a_test_with_normalised_rewards_is_in_stds_of_the_base(runs: TinyRuns) -> None:
+    run = runs.fit("a", *CMA, TWO, "--model.normalise=rank", "--trainer.max_steps=1", "--test_after_fit=true")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["reward"] == "tiny_rewards:redness + 0.2 jpeg_compressibility (in stds)"
+    base, *others = [condition["rewards"] for condition in summary["conditions"]]
+    for rewards in (base, *others):
+        one, other = np.array(rewards["tiny_rewards:redness"]), np.minimum(rewards["jpeg_compressibility"], -0.5)
+        units = np.array(base["tiny_rewards:redness"]), np.minimum(base["jpeg_compressibility"], -0.5)
+        judged = (one - units[0].mean()) / units[0].std() + 0.2 * (other - units[1].mean()) / (units[1].std() or 1)
+        np.testing.assert_allclose(rewards[summary["reward"]], judged, atol=1e-5)
+    assert others
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
+        ("--model.held_out=shapes", "it is a list of names"),
+        ('--model.held_out={"jpeg_compressibility": {"cap": 3.0}}', "is held out and has a cap"),
+        ('--model.rewards={"jpeg_compressibility": {"wieght": 1.0}}', "keys weight, options, reward, floor, cap"),
         ('--model.rewards={"jpeg_compressibility": {"weight": .nan}}', "The weight of the reward"),
         ('--model.rewards={"jpeg_compressibility": {"cap": 1.0, "floor": 2.0}}', "the floor must be below the cap"),
         ('--model.rewards={"jpeg_compressibility": {"cap": .inf}}', "The cap of the reward"),

@@ -85,12 +85,12 @@ def test_videos_are_taken_by_their_middle_frame() -> None:
     assert metric.compute() == 0.5
 
 
-def test_prompts_bring_their_metadata_and_are_checked_once() -> None:
+def test_prompts_bring_their_metadata_and_are_checked() -> None:
     reward = RedReward()
     metric = RewardMetric(reward)
     for _ in range(3):
         metric.update(noise(2), [Prompt("a", 5, {"count": 2}), "b"])
-    assert reward.checked == 2
+    assert reward.checked == 6
     assert reward is metric.reward
 
 
@@ -141,6 +141,16 @@ def test_it_goes_into_a_collection() -> None:
     found = both.compute()
     assert set(found) == {"red", "jpeg"}
     assert found["red"] > 0 > found["jpeg"]
+
+
+def test_rewards_of_a_collection_stay_apart_when_they_begin_alike() -> None:
+    """torchmetrics takes metrics with equal states after the first batch for one."""
+    one, two = RewardMetric("metric_tools:RedReward"), RewardMetric("metric_tools:RedReward", {"scale": 2.0})
+    both = MetricCollection({"one": one, "two": two, "same": RewardMetric("metric_tools:RedReward")})
+    both.update(flat(torch.zeros(1, 3)), ["a"])
+    both.update(flat(torch.full((1, 3), 0.5)), ["a"])
+    found = both.compute()
+    assert (found["one"], found["two"], found["same"]) == (0.25, 0.5, 0.25)
 
 
 def test_half_precision_of_the_loop_does_not_reach_the_reward() -> None:

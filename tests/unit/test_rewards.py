@@ -17,6 +17,7 @@ from calibri_lightning.rewards import FunctionReward, Reward, RewardError, Rewar
 from calibri_lightning.rewards.base import measure_checked
 from calibri_lightning.rewards.finding import RewardConfig, find_reward
 from calibri_lightning.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from calibri_lightning.shapes.captions import prompts as shapes_prompts
 
 PROMPTS = tuple(Prompt(f"prompt {i}", i) for i in range(4))
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -235,3 +236,12 @@ def test_shapes_reward_prefers_the_picture_of_its_caption_and_reports_the_strict
 def test_shapes_reward_wants_a_scene() -> None:
     with pytest.raises(UserError, match="metadata .* describes no scene"):
         RewardSet({"shapes": 1.0}).score(IMAGES, PROMPTS)
+
+
+def test_one_reward_twice_under_two_names() -> None:
+    rewards = RewardSet({"shapes": 1.0, "again": RewardConfig(0.5, reward="shapes")})
+    assert rewards.names == ("shapes", "shapes_strict", "again", "again_strict")
+    scenes = list(shapes_prompts("val")[:2])
+    scores = rewards.score(torch.rand(2, 3, 48, 48), scenes)
+    assert torch.equal(scores.each["shapes_strict"], scores.each["again_strict"])
+    torch.testing.assert_close(scores.total, 1.5 * scores.each["shapes"])

@@ -148,6 +148,31 @@ def test_nothing_but_health_answers_without_the_token() -> None:
         refused(requests.post(url + "/v1/score", data=b"\xff" * 100_000, timeout=30), 401, "token")
 
 
+def test_what_needs_no_token_takes_no_body() -> None:
+    """Else anybody could fill the memory for requests."""
+    with served(Toy(), token=TOKEN, max_body_bytes=2**20, max_memory_bytes=2**21) as (url, service):
+        refused(requests.post(url + "/health", data=b"x" * 1000, timeout=30), 413, "larger than 0 bytes")
+        host, port = urlsplit(url).netloc.split(":")
+        open_ones = []
+        for _ in range(4):
+            waiting = socket.create_connection((host, int(port)), 30)
+            head = f"POST /health HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1048576\r\n\r\n"
+            waiting.sendall(head.encode() + b"x" * 1_000_000)
+            open_ones.append(waiting)
+        try:
+            answer = requests.post(
+                url + "/v1/score",
+                json={"reward": "toy", "items": [item(noise(0))]},
+                headers={"Authorization": f"Bearer {TOKEN}"},
+                timeout=30,
+            )
+            assert answer.status_code == 200
+            assert service.memory.free == 2**21
+        finally:
+            for waiting in open_ones:
+                waiting.close()
+
+
 def test_without_a_token_other_names_are_refused() -> None:
     with served(Toy()) as (url, _):
         for host, status in (("evil.example", 401), ("localhost:1", 200), ("[::1]:8100", 200), ("10.0.0.1", 401)):

@@ -89,6 +89,35 @@ def test_a_checkpoint_brings_it_back() -> None:
     assert told(again, 0.5, -0.2) == told(watch, 0.5, -0.2)
 
 
+def test_differences_within_rounding_do_not_ring() -> None:
+    watch = started()
+    each = {"mean": {"aesthetic": BASE - 1e-9, "r": BASE}}
+    assert not watch.validated({"mean": BASE + 1e-9}, each, ["aesthetic"])
+
+
+def test_another_run_may_watch_others() -> None:
+    """A resumed run: one reward is no longer held out, another one is new, and is compared once the start has it."""
+    watch = Watch(**started().state())
+    assert not watch.lacks(["aesthetic"])
+    assert watch.lacks(["new"])
+    fallen = {"mean": {"new": BASE - 1 + NOISE}}
+    assert not watch.validated({"mean": BASE + 0.5 + NOISE[::-1]}, fallen, ["new"])
+    with_start = {"start": {"new": BASE}, **fallen}
+    assert watch.validated({"start": BASE, "mean": BASE + 0.5 + NOISE[::-1]}, with_start, ["new"])
+    assert not watch.lacks(["new"])
+
+
+def test_a_start_without_scores_is_asked_again() -> None:
+    nothing = np.full(P, np.nan)
+    watch = Watch()
+    watch.validated({"start": nothing}, {"start": {"aesthetic": nothing}}, ["aesthetic"])
+    assert watch.lacks(["aesthetic"])
+    assert not watch.is_watching, "0 alarms would be a lie"
+    watch.validated({"start": BASE}, {"start": {"aesthetic": BASE}}, ["aesthetic"])
+    assert not watch.lacks(["aesthetic"])
+    assert told(watch, 0.5, -0.2)
+
+
 def test_without_anything_to_compare_with_nothing_is_said() -> None:
     assert not told(Watch(), 0.5, -0.2)
     assert not Watch().is_watching

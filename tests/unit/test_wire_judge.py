@@ -198,3 +198,13 @@ def test_models_are_those_of_the_server() -> None:
 def test_mistakes_in_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_wire("openai", "vqa", {"model": "m", **options})
+
+
+def test_a_run_depends_on_the_model_that_the_server_has() -> None:
+    wire = make_wire("openai", "judge", {})
+    assert wire.describe() is None
+    wire.accept_roster(b'{"data": [{"id": "Qwen/A"}]}')
+    info = wire.describe()
+    assert info is not None
+    assert info.model == "Qwen/A"
+    assert "yes_ratio" in info.preprocessing

@@ -21,6 +21,7 @@ from calibri_lightning.remote.wires.bodies import pngs
 from calibri_lightning.remote.wires.options import check_choice, check_integer
 from calibri_lightning.remote.wires.replies import entries, mapping, needed, read_json
 from calibri_lightning.rewards.questions import VQASCORE_TEMPLATE
+from calibri_lightning.serving.protocol import RewardInfo
 
 Score = Literal["yes_ratio", "yes", "number"]
 
@@ -79,6 +80,13 @@ class JudgeWire(Wire):
             )
         self._reward, self._model, self._score, self._health = reward, model, score, health
         self._length, self._seed = length, seed
+
+    def describe(self) -> RewardInfo | None:
+        """Says what judges, once it is known; servers do not tell the revision of its weights."""
+        if self._model is None:
+            return None
+        asked = f"{self._score}: {self._question}"
+        return RewardInfo(name=self._reward, model=self._model, revision="unknown", preprocessing=asked, pixels="uint8")
 
     def probe(self) -> HttpRequest:
         """Asks whether the server is ready; the status is the answer.
