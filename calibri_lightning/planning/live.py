@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,19 @@ class LiveBytes(TorchDispatchMode):
         self._now = 0
         self._device = device
         self._known: dict[int, weakref.ref[Any]] = {}
+        self._collects = False
+
+    def __enter__(self) -> LiveBytes:
+        """Starts to follow; Python's collector rests, for what dies in a cycle would die at a time of its choice."""
+        self._collects = gc.isenabled()
+        gc.disable()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Ends to follow."""
+        super().__exit__(*exception)
+        if self._collects:
+            gc.enable()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

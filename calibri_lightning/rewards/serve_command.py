@@ -85,12 +85,12 @@ def _read_json(text: str) -> dict[str, dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     from calibri_lightning.serving.options import add_arguments
-    from calibri_lightning.serving.run import OneLineParser
+    from calibri_lightning.serving.run import Defaults, OneLineParser
 
     parser = OneLineParser(
         prog="calibri_lightning serve",
         description="Serves rewards to runs in other processes and on other machines, until SIGTERM or Ctrl+C.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -47,6 +47,13 @@ _IDLE_SECONDS = 75
 """Longer than most steps of a run: its next request finds the connection open. Uvicorn's own 5 s are not."""
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -210,7 +217,7 @@ def script_main(
     """
     parser = OneLineParser(
         description=inspect.getdoc(make) if isinstance(make, type) else None,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
         # Or --token would be read as --token-file, with the secret in the message.
         allow_abbrev=False,
     )
