@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibri_lightning.arrays import Floats, means
+from calibri_lightning.rewards.watch import Watch
 from calibri_lightning.strategies.base import Candidate
 from calibri_lightning.strategies.selection import START
 
@@ -88,7 +89,9 @@ class Validation:
             # In units of the start's scores in the first validation of the run.
             reference = module.blend.reference(each.get(START))
             totals = {name: module.blend.judge(rewards, reference) for name, rewards in each.items()}
-        module.watch.validated(totals, each, _watched(module))
+        # A validation by itself may have other prompts than the run that its checkpoint is of.
+        watch = module.watch if module.trainer.state.fn == "fit" else Watch()
+        watch.validated(totals, each, _watched(module))
         if self._adds_start:
             del totals[START], each[START]
         self.means = {

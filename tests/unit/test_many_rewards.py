@@ -148,6 +148,14 @@ def test_what_is_held_out_may_change_when_a_run_goes_on(runs: TinyRuns) -> None:
     assert len(logged["val/alarms"]) == 2
 
 
+def test_a_checkpoint_is_validated_on_other_prompts(runs: TinyRuns, capsys: Capture) -> None:
+    flags = (*CMA, TWO, "--model.normalise=rank", '--model.held_out=["tiny_rewards:redness_uncounted"]')
+    run = runs.fit("a", *flags, "--trainer.max_steps=1")
+    capsys.readouterr()
+    assert runs("validate", "b", *flags, f"--ckpt_path={last(run)}", "--data.val_size=2") == 0
+    assert "(in stds) on the validation prompts" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_an_older_version_goes_on(runs: TinyRuns) -> None:
     half = runs.fit("half", *CMA, "--trainer.max_steps=1")
     whole = checkpoint(half)
