@@ -17,6 +17,11 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from hypothesis import settings
+
+# The same examples in every run, nothing kept between runs, and no test that fails because a machine is slow.
+settings.register_profile("repository", derandomize=True, database=None, deadline=None)
+settings.load_profile("repository")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
