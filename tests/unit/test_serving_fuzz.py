@@ -115,7 +115,6 @@ def server() -> Iterator[Server]:
         before = made.resident_kib()
         yield made
         made.works()
-        assert made.count > 500
         assert made.resident_kib() - before < 24 * 1024
         assert running.poll() is None
         running.terminate()
