@@ -13,6 +13,7 @@ import torch
 from calibri_lightning.bench.models import MODELS, RANDOM_MODELS, members_of
 from calibri_lightning.bench.precision import PRECISIONS, Precision, Setting
 from calibri_lightning.bench.recipes import WINDOW
+from calibri_lightning.devices import find_device
 from calibri_lightning.errors import UserError
 
 _RESOLUTION = 512
@@ -134,7 +135,7 @@ def parse(arguments: Sequence[str]) -> Options:
         train=given.train,
         num_groups=given.groups or _GROUPS,
         group_size=given.group_size or _GROUP_SIZE,
-        device=_device(given.device),
+        device=find_device(given.device),
         threads=given.threads,
         out=given.out,
     )
@@ -211,15 +212,3 @@ def _check_model(model: str, layers: int | None, resolution: int | None) -> None
     if resolution is not None and (resolution < _MULTIPLE or resolution % _MULTIPLE):
         nearest = max(round(resolution / _MULTIPLE), 1) * _MULTIPLE
         raise UserError(f"--resolution is {resolution}; it must be a multiple of {_MULTIPLE}, such as {nearest}.")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is {name!r}; it must be cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device is {name}, but torch sees {torch.cuda.device_count()} CUDA device(s). Use cpu.")
-    return device

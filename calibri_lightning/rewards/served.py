@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calibri_lightning.devices import find_device
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards.base import Reward, measure_checked
@@ -31,7 +32,7 @@ class RewardScorer(Scorer):
             UserError: If there is no such device.
         """
         self._reward, self.device = reward, device
-        self._torch_device = _find_device(device)
+        self._torch_device = find_device(device)
 
     def load(self) -> RewardInfo:
         """Moves the reward to its device.
@@ -107,15 +108,3 @@ def to_images(pictures: Sequence[NDArray[Any]]) -> Tensor:
 
 def _prompts(texts: Sequence[PromptText]) -> list[Prompt]:
     return [Prompt(text.text, index, text.metadata) for index, text in enumerate(texts)]
-
-
-def _find_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is {name!r}; it must be cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device is {name}, but torch sees {torch.cuda.device_count()} CUDA device(s). Use cpu.")
-    return device

@@ -29,7 +29,30 @@ from calibri_lightning.rewards.vlm_loading import PUBLISHED
 from calibri_lightning.rewards.vlm_model import VisionLanguageModel
 
 
-class VQAScore(Reward):
+class AskingReward(Reward):
+    """What the rewards that ask a vision-language model share."""
+
+    pixels = "uint8"
+    _model: VisionLanguageModel
+
+    def prepare(self, device: torch.device) -> None:
+        """Moves the model to its device.
+
+        Args:
+            device: Where pictures will be.
+        """
+        self._model.to(device)
+
+    def describe(self) -> ModelInfo:
+        """Says which model is asked; loads it.
+
+        Returns:
+            The model and the revision of its weights.
+        """
+        return self._model.describe()
+
+
+class VQAScore(AskingReward):
     """The probability that a model answers "Yes" when asked whether the picture shows the prompt.
 
     Lin et al., arXiv 2404.01291, with a model of the Qwen-VL kind. The model is loaded on the CPU when a run checks its
@@ -37,7 +60,6 @@ class VQAScore(Reward):
     """
 
     name = "vqascore"
-    pixels = "uint8"
 
     def __init__(
         self,
@@ -85,22 +107,6 @@ class VQAScore(Reward):
         for text in dict.fromkeys(prompt.text for prompt in prompts):
             self._model.check(self._question(text))
 
-    def prepare(self, device: torch.device) -> None:
-        """Moves the model to its device.
-
-        Args:
-            device: Where pictures will be.
-        """
-        self._model.to(device)
-
-    def describe(self) -> ModelInfo:
-        """Says which model is asked; loads it.
-
-        Returns:
-            The model and the revision of its weights.
-        """
-        return self._model.describe()
-
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores pictures.
 
@@ -125,7 +131,7 @@ class VQAScore(Reward):
         return fill(self._template, "text", text)
 
 
-class SoftTifa(Reward):
+class SoftTifa(AskingReward):
     """The mean of the probabilities of the expected answers to a prompt's questions.
 
     Soft-TIFA of GenEval 2 (Kamath et al., arXiv 2512.16853). Questions and answers come from the prompt's metadata, see
@@ -134,7 +140,6 @@ class SoftTifa(Reward):
     """
 
     name = "soft_tifa"
-    pixels = "uint8"
 
     def __init__(
         self,
@@ -184,22 +189,6 @@ class SoftTifa(Reward):
         self._model.load()
         for question in sorted(questions):
             self._model.check(question)
-
-    def prepare(self, device: torch.device) -> None:
-        """Moves the model to its device.
-
-        Args:
-            device: Where pictures will be.
-        """
-        self._model.to(device)
-
-    def describe(self) -> ModelInfo:
-        """Says which model is asked; loads it.
-
-        Returns:
-            The model and the revision of its weights.
-        """
-        return self._model.describe()
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores pictures.

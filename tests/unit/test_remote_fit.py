@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def content(run: Path) -> bytes:
     return (run / "calibration.json").read_bytes()
 
 
-def serve(*more: str, **environment: str):  # noqa: ANN201 - a context manager of the helper's
+def serve(*more: str, **environment: str) -> AbstractContextManager[subprocess.Popen[str]]:
     arguments = ("serve", "--reward", REDNESS, "--port", *(more or ("0",)))
     return process(*arguments, module=("-m", "calibri_lightning"), **environment)
 
