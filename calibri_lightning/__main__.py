@@ -4,21 +4,67 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
 
-USAGE = """usage: calibri_lightning COMMAND [--config FILE] [--key value ...]
+
+@dataclass(frozen=True)
+class Command:
+    """One word after the program's name.
+
+    Attributes:
+        help: What it does, in one line.
+        entry: `module:function` that takes the arguments after the word and returns an exit code. None for the
+            commands of Lightning's command line, which parses the word itself.
+    """
+
+    help: str
+    entry: str | None = None
+
+
+COMMANDS = {
+    "fit": Command("search the scales; ends with a test on held-out prompts"),
+    "validate": Command("score the start, and a checkpoint's answer, on the validation prompts"),
+    "test": Command("compare base and calibration on the test prompts: table, summary.json, pictures"),
+    "predict": Command("draw prompts with a calibration, one PNG each"),
+    "compare": Command(
+        "draw the same prompts with several runs: verdict, tables and one page with the pictures",
+        "calibri_lightning.tools.compare.command:run_compare",
+    ),
+    "export": Command(
+        "turn a run into files that others can use: a diffusers folder, or scales for load_calibration",
+        "calibri_lightning.tools.export.command:run_export",
+    ),
+    "convert": Command(
+        "read and write checkpoints of the official Calibri code",
+        "calibri_lightning.tools.convert.command:run_convert",
+    ),
+    "ablate": Command(
+        "remove and sweep each block, layer or gate: what it is worth to reward and picture",
+        "calibri_lightning.tools.ablate.command:run_ablate",
+    ),
+    "sweep": Command(
+        "try numbers of steps and guidances for a run, and recommend one",
+        "calibri_lightning.tools.sweep.command:run_sweep",
+    ),
+    "plan": Command(
+        "say what memory a fit will need, before anything is loaded", "calibri_lightning.planning.command:run_plan"
+    ),
+    "bench": Command("measure the evaluation loop on this machine", "calibri_lightning.bench.run:run"),
+    "serve": Command(
+        "score pictures for runs in other processes and on other machines",
+        "calibri_lightning.rewards.serve_command:run_serve",
+    ),
+}
+
+USAGE = f"""usage: calibri_lightning COMMAND [--config FILE] [--key value ...]
 
 Calibrates frozen diffusion transformers: turns their ~100 scales until a reward rises.
 
 commands:
-  fit        search the scales; ends with a test on held-out prompts
-  validate   score the start, and a checkpoint's answer, on the validation prompts
-  test       compare base and calibration on the test prompts: table, summary.json, pictures
-  predict    draw prompts with a calibration, one PNG each
-  plan       say what memory a fit will need, before anything is loaded
-  bench      measure the evaluation loop on this machine
-  serve      score pictures for runs in other processes and on other machines
-
+{"".join(f"  {name:<10} {command.help}" + chr(10) for name, command in COMMANDS.items())}
 start here:
   python -m calibri_lightning fit --config configs/quickstart.yaml
 
@@ -26,8 +72,6 @@ help on one command:      python -m calibri_lightning fit --help
 the resolved settings:    python -m calibri_lightning fit --config FILE --print_config
 shell completion:         python -m calibri_lightning --print_completion=shtab-bash
 """
-
-COMMANDS = ("fit", "validate", "test", "predict", "plan", "bench", "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(version("calibri-lightning"))
         return 0
-    if arguments[0] not in COMMANDS and not arguments[0].startswith("--print_completion"):
+    command = COMMANDS.get(arguments[0])
+    if command is None and not arguments[0].startswith("--print_completion"):
         import difflib
 
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
@@ -57,18 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Before anything imports transformers, which warns of image processors that need torchvision; none here do.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if arguments[0] == "bench":
-        from calibri_lightning.bench.run import run as run_bench
-
-        return run_bench(arguments[1:])
-    if arguments[0] == "plan":
-        from calibri_lightning.planning.command import run_plan
-
-        return run_plan(arguments[1:])
-    if arguments[0] == "serve":
-        from calibri_lightning.rewards.serve_command import run_serve
-
-        return run_serve(arguments[1:])
+    if command is not None and command.entry is not None:
+        module, function = command.entry.split(":")
+        run_command = cast(Callable[[Sequence[str]], int], getattr(import_module(module), function))
+        return run_command(arguments[1:])
     from calibri_lightning.cli import run
 
     return run(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -231,11 +231,17 @@ def parse_fit(arguments: Sequence[str]) -> dict[str, Any]:
     return dict(_start(["fit", *arguments], ResumeHint(), _ParsingCLI).config["fit"].as_dict())
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(
+    arguments: Sequence[str],
+    cli: Callable[..., CalibriCLI] = CalibriCLI,
+    module: type[CalibriModule] = CalibriModule,
+) -> int:
     """Runs one command.
 
     Args:
         arguments: The command and its options.
+        cli: Makes the command line, for commands that prepare the module in their own way.
+        module: What is run, for commands that do something else than fit and test with it.
 
     Returns:
         Exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when terminated.
@@ -243,7 +249,7 @@ def run(arguments: Sequence[str]) -> int:
     quieten()
     hint = ResumeHint()
     try:
-        _start(arguments, hint)
+        _start(arguments, hint, cli, module)
     except UserError as error:
         print_once(f"error: {error}")
         hint.print()
@@ -274,9 +280,14 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _start(arguments: Sequence[str], hint: ResumeHint, cli: type[CalibriCLI] = CalibriCLI) -> CalibriCLI:
+def _start(
+    arguments: Sequence[str],
+    hint: ResumeHint,
+    cli: Callable[..., CalibriCLI] = CalibriCLI,
+    module: type[CalibriModule] = CalibriModule,
+) -> CalibriCLI:
     return cli(
-        CalibriModule,
+        module,
         PromptData,
         save_config_callback=RunConfig,
         seed_everything_default=0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calibri_lightning.calibration import Layout
+from calibri_lightning.calibration.scales import Member
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 
@@ -29,21 +29,21 @@ def check_precision(precision: str) -> None:
         )
 
 
-def check_negatives(layout: Layout, part: str, prompts: Sequence[Prompt]) -> None:
+def check_negatives(members: Sequence[Member], where: str, prompts: Sequence[Prompt]) -> None:
     """Refuses negative prompts that no member would see.
 
     Args:
-        layout: Says what members see.
-        part: Which prompts of the data these are: train, val, test or predict.
+        members: Say what they see.
+        where: Where the prompts come from, as the user calls it, such as data.val.
         prompts: The prompts.
 
     Raises:
         UserError: If a prompt has a negative prompt and every member sees the prompt alone.
     """
     written = [prompt for prompt in prompts if prompt.negative]
-    if written and all(member.prompt == "prompt" for member in layout.members):
+    if written and all(member.prompt == "prompt" for member in members):
         raise UserError(
-            f"data.{part} has {len(written)} negative prompts, the first of them {written[0].negative!r} (for "
+            f"{where} has {len(written)} negative prompts, the first of them {written[0].negative!r} (for "
             f"{written[0].text!r}), but no member sees a negative prompt. Use calibration.members: cfg, which "
             "guidance-distilled models such as FLUX.2-dev do not offer, or remove the negative prompts from the data."
         )

@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 
 from calibri_lightning.bench.models import MODELS, RANDOM_MODELS, members_of
 from calibri_lightning.bench.precision import PRECISIONS, Precision, Setting
 from calibri_lightning.bench.recipes import WINDOW
+from calibri_lightning.commandline import OneLineParser
 from calibri_lightning.devices import find_device
 from calibri_lightning.errors import UserError
 
@@ -59,21 +60,6 @@ class Options:
         """The batched loops, the one of the first precision first."""
         compiled = (False, True) if self.compile else (False,)
         return tuple(Setting(precision, c) for precision in self.precisions for c in compiled)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuses an argument.
-
-        Args:
-            message: What is wrong.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(f"bench: {message}. All options: calibri_lightning bench --help")
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -142,7 +128,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="calibri_lightning bench",
         description="Measures the evaluation loop on this machine, against the loop that one would write first.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

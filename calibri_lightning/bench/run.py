@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shlex
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from calibri_lightning.bench.roofline import Roof, flops_per_row, measure_peaks
 from calibri_lightning.bench.training import measure_training
 from calibri_lightning.bench.training_report import TrainingReport
 from calibri_lightning.bench.workbench import Workbench
+from calibri_lightning.commandline import exit_code
 from calibri_lightning.errors import UserError
 from calibri_lightning.quiet import hide_progress_bars
 
@@ -37,35 +37,38 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         Exit code: 0, or 2 for a user's mistake.
     """
-    try:
-        options = parse(arguments)
-        hide_progress_bars()
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        command = shlex.join(["calibri_lightning", "bench", *arguments])
-        report = measure_steps(options, command) if options.train else measure(options, command)
-        if options.out is not None:
-            report.write(options.out)
-            if isinstance(report, Report) and report.growth:
-                subtitle = f"{report.model}\n{report.machine}"
-                plot_growth(options.out.with_suffix(".png"), report.growth, "A generation over its size", subtitle)
-    except UserError as error:
-        full = error.__cause__ if isinstance(error.__cause__, torch.OutOfMemoryError) else None
-        # A strategy's own message names settings of a run, which are no options of this command.
-        print(f"error: {error if full is None else _memory_is_full(full)}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # --help
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {_memory_is_full(error)}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _bench(arguments))
+
+
+def _bench(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
+    hide_progress_bars()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    report = _measured(options, shlex.join(["calibri_lightning", "bench", *arguments]))
+    if options.out is not None:
+        report.write(options.out)
+        if isinstance(report, Report) and report.growth:
+            subtitle = f"{report.model}\n{report.machine}"
+            plot_growth(options.out.with_suffix(".png"), report.growth, "A generation over its size", subtitle)
     print(report.render())
-    return 0
 
 
-def _memory_is_full(error: torch.OutOfMemoryError) -> str:
+def _measured(options: Options, command: str) -> Report | TrainingReport:
+    try:
+        return measure_steps(options, command) if options.train else measure(options, command)
+    except torch.OutOfMemoryError as error:
+        raise _memory_is_full(error) from error
+    except UserError as error:
+        # A strategy's own message names settings of a run, which are no options of this command.
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise _memory_is_full(error.__cause__) from error
+        raise
+
+
+def _memory_is_full(error: torch.OutOfMemoryError) -> UserError:
     reason = str(error).splitlines()[0]
-    return f"the device's memory is full ({reason}). Lower --rows, --resolution or --layers."
+    return UserError(f"The device's memory is full ({reason}). Lower --rows, --resolution or --layers.")
 
 
 def measure(options: Options, command: str) -> Report:

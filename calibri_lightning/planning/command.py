@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -17,6 +16,7 @@ from calibri_lightning.backbones.memory import MemoryOptions
 from calibri_lightning.backbones.native import Native
 from calibri_lightning.calibration import SiteOptions, build_layout, find_sites
 from calibri_lightning.cli import parse_fit, run
+from calibri_lightning.commandline import exit_code
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
 from calibri_lightning.planning.estimate import MemoryPlan, Situation, make_plan
@@ -51,16 +51,13 @@ def run_plan(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE, flush=True)
         return run(["fit", "--help"])
-    try:
-        as_json, memory, rest = _own_options(arguments)
-        plan, heading = plan_fit(parse_fit(rest), memory)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # the parser's errors
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return exit_code(lambda: _plan(arguments))
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    as_json, memory, rest = _own_options(arguments)
+    plan, heading = plan_fit(parse_fit(rest), memory)
     print(json.dumps(to_json(plan, heading), indent=2) if as_json else render(plan, heading))
-    return 0
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[bool, int | None, list[str]]:

@@ -113,10 +113,11 @@ def _set_types(network: Any, dtype: torch.dtype) -> None:
 
 
 def _fill_t5_norm(encoder: nn.Module, folder: Path) -> None:
+    norm: Any = encoder.get_submodule(_T5_NORM.rpartition(".")[0])
+    # Without its weights it counts as one that speaks, as all released ones do.
     found = _read(folder, _T5_NORM)
-    if found is not None:
-        norm: Any = encoder.get_submodule(_T5_NORM.rpartition(".")[0])
-        norm.weight = nn.Parameter(found.to(norm.weight.dtype), requires_grad=False)
+    values = torch.ones(norm.weight.shape) if found is None else found
+    norm.weight = nn.Parameter(values.to(norm.weight.dtype), requires_grad=False)
 
 
 def _read(folder: Path, key: str) -> Tensor | None:

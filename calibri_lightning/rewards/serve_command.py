@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from calibri_lightning.commandline import OneLineParser, exit_code
 from calibri_lightning.errors import UserError
 from calibri_lightning.rewards.finding import BUILT_IN, find_reward
 from calibri_lightning.rewards.served import RewardScorer
@@ -27,19 +27,16 @@ def run_serve(arguments: Sequence[str]) -> int:
         Exit code: 0, or 2 for a user's mistake.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        _check_extra()
-        from calibri_lightning.serving.options import read_options
-        from calibri_lightning.serving.run import serve
+    return exit_code(lambda: _serve(arguments))
 
-        given = _parser().parse_args(list(arguments))
-        serve(make_scorers(given.reward, given.options, getattr(given, "device", [])), read_options(given))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # --help, and a signal before the server runs
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+
+def _serve(arguments: Sequence[str]) -> None:
+    _check_extra()
+    from calibri_lightning.serving.options import read_options
+    from calibri_lightning.serving.run import serve
+
+    given = _parser().parse_args(list(arguments))
+    serve(make_scorers(given.reward, given.options, getattr(given, "device", [])), read_options(given))
 
 
 def make_scorers(names: Sequence[str], options: str, devices: Sequence[str]) -> list[RewardScorer]:
@@ -85,7 +82,7 @@ def _read_json(text: str) -> dict[str, dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     from calibri_lightning.serving.options import add_arguments
-    from calibri_lightning.serving.run import Defaults, OneLineParser
+    from calibri_lightning.serving.run import Defaults
 
     parser = OneLineParser(
         prog="calibri_lightning serve",

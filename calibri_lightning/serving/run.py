@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 
 import uvicorn
 
+from calibri_lightning.commandline import OneLineParser
 from calibri_lightning.errors import UserError
 from calibri_lightning.serving.app import create_app
 from calibri_lightning.serving.listening import hurried, open_socket, url_of
@@ -52,21 +53,6 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuses an argument.
-
-        Args:
-            message: What is wrong.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(f"{message}. All options: {self.prog} --help")
 
 
 class RewardServer(uvicorn.Server):

@@ -63,7 +63,12 @@ def test_help_of_a_command_documents_our_arguments(command: str, capsys: pytest.
     out = " ".join(capsys.readouterr().out.split())
     own = {
         "bench": ("--popsizes", "--precision", "most rows of one forward (default: 128)", "as released)"),
+        "convert": ("--model", "flux1-dev", "--granularity", "--adapter", "must not exist"),
         "serve": ("--reward", "--token-file", "(default: 127.0.0.1)", "the first GPU, or the CPU)"),
+        "export": ("RUN", "--out FOLDER", "--push OWNER/NAME", "auto (default)"),
+        "compare": ("RUN", "--prompts", "--rewards", "(default: comparison)"),
+        "ablate": ("RUN", "--by KIND", "--of base|answer", "ablate.csv"),
+        "sweep": ("RUN", "--guidance", "sweep.png", "interval reaches the best"),
     }
     ours = ("--model.init_from", "Weight of each reward", "--data.predict_prompts", "How sites share scales")
     for words in own.get(command, ours):

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-SERVING = Path(__file__).parents[2] / "calibri_lightning" / "serving"
-FILES = sorted(path for path in SERVING.rglob("*.py") if "scripts" not in path.parts)
+PACKAGE = Path(__file__).parents[2] / "calibri_lightning"
+SERVING = PACKAGE / "serving"
+SHARED = ("errors", "commandline")
+"""Modules of the package that the server imports, too."""
+FILES = [
+    *sorted(path for path in SERVING.rglob("*.py") if "scripts" not in path.parts),
+    *(PACKAGE / f"{name}.py" for name in SHARED),
+]
 NEW_IN_3_11 = {
     "asyncio": {"Runner", "TaskGroup", "timeout", "Barrier"},
     "builtins": {"BaseExceptionGroup", "ExceptionGroup"},
@@ -22,15 +28,15 @@ NEW_MODULES = {"tomllib"}
 
 
 def test_it_imports_with_all_model_libraries_blocked() -> None:
-    code = """
+    code = f"""
 import importlib, pkgutil, sys
 for name in ("torch", "transformers", "lightning", "diffusers", "scipy", "requests", "jsonargparse", "peft"):
     sys.modules[name] = None
 import calibri_lightning.serving as serving
 for found in pkgutil.iter_modules(serving.__path__, serving.__name__ + "."):
     importlib.import_module(found.name)
-ours = {name for name in sys.modules if name.startswith("calibri_lightning.") and ".serving" not in name}
-assert ours <= {"calibri_lightning.errors"}, ours
+ours = {{name for name in sys.modules if name.startswith("calibri_lightning.") and ".serving" not in name}}
+assert ours <= {{f"calibri_lightning.{{name}}" for name in {SHARED}}}, ours
 print(len([name for name in sys.modules if ".serving." in name]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -151,7 +151,7 @@ def test_the_token_can_come_from_a_file_but_never_from_the_command_line(fails: F
         headers = {"Authorization": f"Bearer {TOKEN}"}
         assert requests.get(url + "/v1/rewards", headers=headers, timeout=30).ok
         assert requests.get(url + "/v1/rewards", timeout=30).status_code == 401
-    assert "unrecognized arguments: --token" in fails("--token", "x")
+    assert "Unrecognized arguments: --token" in fails("--token", "x")
     assert "given twice" in fails("--token-file", str(file), CALIBRI_REWARD_TOKEN=TOKEN)
     assert "cannot be read" in fails("--token-file", str(tmp_path / "none"))
 
