@@ -1,8 +1,10 @@
-"""Writes files whole or not at all."""
+"""Writes files and folders whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,3 +44,38 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Lets a new folder be filled beside its place and puts it there: it appears whole, or not at all.
+
+    Args:
+        folder: The folder; nothing of that name exists. Folders above it are made.
+
+    Yields:
+        Where to write. After an error nothing half-written is left, and none of the folders above it that were made.
+
+    Raises:
+        FileExistsError: If there is something of that name already.
+        OSError: If the folder cannot be made.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+    above = [parent for parent in folder.parents if not parent.exists()]
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (path for path in temporary.rglob("*") if path.is_file()):
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in above:
+            # Another process may have put something there.
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    _sync_folder(folder.parent)

@@ -208,7 +208,7 @@ class CalibriModule(LightningModule):
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         check_precision(self.trainer.precision)
         for part in PARTS[stage]:
-            check_negatives(self.layout, part, self._prompts(part))
+            check_negatives(self.layout.members, f"data.{part}", self._prompts(part))
             if part != "predict":
                 self.rewards.check(self._prompts(part))
 

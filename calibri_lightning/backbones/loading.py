@@ -60,7 +60,7 @@ def load_pipeline(
     folder = find_folder(class_names, pretrained, revision)
     class_name, index = check_folder(folder, class_names)
     networks = {
-        name: _load_network(folder, name, network, number_type, quantized if name == "transformer" else None)
+        name: load_network(folder, name, network, number_type, quantized if name == "transformer" else None)
         for name, entry in index.items()
         if (network := network_class(entry)) is not None
     }
@@ -102,7 +102,7 @@ def assemble_pipeline(
     Raises:
         UserError: If its parts do not belong together.
     """
-    cls = _pipeline_class(class_name, folder)
+    cls = pipeline_class(class_name, folder)
     # Of some components that a pipeline does without, from_pretrained (0.42.1) wants to be told.
     absent = dict.fromkeys(name for name, (library, _) in index.items() if library is None)
     try:
@@ -118,7 +118,19 @@ def assemble_pipeline(
     return pipe
 
 
-def _pipeline_class(name: str, folder: Path) -> type[DiffusionPipeline]:
+def pipeline_class(name: str, folder: Path) -> type[DiffusionPipeline]:
+    """Finds the class of a pipeline.
+
+    Args:
+        name: Its name.
+        folder: The model's folder, which names it.
+
+    Returns:
+        The class.
+
+    Raises:
+        UserError: If diffusers has no such pipeline.
+    """
     import diffusers
 
     found = getattr(diffusers, name, None)
@@ -190,8 +202,22 @@ def network_class(entry: Component) -> Any:
     return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
 
 
-def _load_network(folder: Path, name: str, network: Any, dtype: torch.dtype, quantized: Any = None) -> torch.nn.Module:
-    """Loads one network; a tensor that the files lack would otherwise be drawn at random, with a warning."""
+def load_network(folder: Path, name: str, network: Any, dtype: torch.dtype, quantized: Any = None) -> torch.nn.Module:
+    """Loads one network; a tensor that the files lack would otherwise be drawn at random, with a warning.
+
+    Args:
+        folder: A diffusers folder.
+        name: The component.
+        network: Its class.
+        dtype: The type of its numbers.
+        quantized: diffusers' configuration of a quantisation; none by default.
+
+    Returns:
+        The network, on the CPU.
+
+    Raises:
+        UserError: If it cannot be loaded whole.
+    """
     fix = "Download the model again, or copy the component from the original folder."
     options = {} if quantized is None else {"quantization_config": quantized}
     try:

@@ -180,7 +180,7 @@ class Stock(Backbone):
         Returns:
             g of u + g (c - u), with c and u the velocities of prompt and negative prompt.
         """
-        convention = convention_of(self.pipeline)
+        convention = convention_of(type(self.pipeline))
         return guidance_scale if convention is None else convention.plain_guidance(guidance_scale)
 
     def encode_text(self, text: str) -> Conditioning:
@@ -237,7 +237,7 @@ class Stock(Backbone):
         from calibri_lightning.sampling.rollout import Samples
 
         roles: list[Role] = [member.prompt for member in members]
-        convention = convention_of(self.pipeline)
+        convention = convention_of(type(self.pipeline))
         guidance = members[0].weight if "negative" in roles else None
         if guidance is not None and convention is not None:
             guidance = convention.own_guidance(guidance)

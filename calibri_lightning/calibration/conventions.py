@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.guidance import combined, rescaled
@@ -68,6 +69,17 @@ class Convention:
         """
         return self.plain_offset + guidance_scale
 
+    def last_layers(self, transformer: nn.Module) -> tuple[str, ...]:
+        """Finds the layers that make the velocity.
+
+        Args:
+            transformer: A transformer of this family.
+
+        Returns:
+            Their paths.
+        """
+        return tuple(name for name, _ in transformer.named_modules() if fnmatch(name, self.last))
+
     def own_guidance(self, plain: float) -> float:
         """Translates back.
 
@@ -80,16 +92,16 @@ class Convention:
         return plain - self.plain_offset
 
 
-def convention_of(pipe: DiffusionPipeline) -> Convention | None:
-    """Finds the convention of a pipeline.
+def convention_of(pipeline: type[DiffusionPipeline]) -> Convention | None:
+    """Finds the convention of a class of pipelines.
 
     Args:
-        pipe: The pipeline.
+        pipeline: The class.
 
     Returns:
-        The convention; None for a pipeline that is in no list.
+        The convention; None for a class that is in no list.
     """
-    names = (cls.__name__ for cls in type(pipe).__mro__)
+    names = (cls.__name__ for cls in pipeline.__mro__)
     return next((CONVENTIONS[name] for name in names if name in CONVENTIONS), None)
 
 

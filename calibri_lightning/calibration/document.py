@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from calibri_lightning.adapters.files import AdapterRecord
+from calibri_lightning.calibration import official_record
 from calibri_lightning.calibration.fingerprint import ModelFingerprint
+from calibri_lightning.calibration.official_record import OfficialRecord
 from calibri_lightning.calibration.scales import Member, WeightMode, choose
 from calibri_lightning.calibration.sites import DEFAULT_OPTIONS, Granularity, SiteOptions
 from calibri_lightning.calibration.weights import WeightsRecord
@@ -57,6 +59,8 @@ class CalibrationFile:
     """The adapter that acted while these values were found, or were trained along with."""
     weights: WeightsRecord | None = None
     """The weights under these values, where they are not those of the published model."""
+    official: OfficialRecord | None = None
+    """The rest of the official checkpoint that these values were converted from."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -95,6 +99,7 @@ def to_json(file: CalibrationFile) -> str:
         "model": asdict(file.model),
         **({"adapter": asdict(file.adapter)} if file.adapter is not None else {}),
         **({"weights": asdict(file.weights)} if file.weights is not None else {}),
+        **({"official": official_record.to_document(file.official)} if file.official is not None else {}),
         "granularity": file.granularity,
         "weight_mode": file.weight_mode,
         "members": [asdict(member) for member in file.members],
@@ -149,6 +154,7 @@ def from_json(text: str) -> CalibrationFile:
         site_options=_site_options(document.get("site_options", {})),
         adapter=_adapter(document["adapter"]) if "adapter" in document else None,
         weights=_weights(document["weights"]) if "weights" in document else None,
+        official=official_record.from_document(document["official"]) if "official" in document else None,
     )
 
 

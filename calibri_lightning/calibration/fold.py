@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from calibri_lightning.adapters.lora import remove_lora
 from calibri_lightning.calibration.sites import ColumnBlock, PostNormWeight, RowChunk, Site, unwrap
 from calibri_lightning.errors import UserError
 
@@ -30,11 +31,7 @@ def fold(transformer: nn.Module, sites: Sequence[Site], scales: Tensor) -> None:
             not finite.
     """
     transformer = unwrap(transformer)
-    if scales.shape != (len(sites),) or not torch.isfinite(scales).all():
-        raise UserError(
-            f"The scales to fold have shape {tuple(scales.shape)}, for {len(sites)} sites. The rule is one "
-            "finite scale a site; fold one member of one candidate at a time."
-        )
+    _check_scales(sites, scales)
     check_fold(transformer, sites)
     for site, scale in zip(sites, scales.tolist(), strict=True):
         module, recipe = _target(transformer, site), site.fold
@@ -57,12 +54,51 @@ def check_fold(transformer: nn.Module, sites: Sequence[Site], merges_lora: bool 
     Raises:
         UserError: If one has no fold, its weights are quantised, sharded or under a LoRA, or two share their weights.
     """
+    without = [site.name for site in sites if site.fold is None]
+    if without:
+        raise UserError(
+            f"{_listed(without)} cannot be folded: no weight of {type(transformer).__name__} carries such a scale "
+            "alone. Keep the hooks for this model (load_calibration), which give the same pictures."
+        )
     for site in sites:
         _target(transformer, site, merges_lora)
     if len({(site.block, site.fold) for site in sites}) != len(sites):
         raise UserError(
             "Two of the sites fold into the same weights, which would multiply twice. Keep the hooks for these."
         )
+
+
+def fold_member(
+    transformer: nn.Module,
+    sites: Sequence[Site],
+    scales: Tensor,
+    weight: float = 1.0,
+    last: Sequence[str] = (),
+    merges_lora: bool = False,
+) -> None:
+    """Makes a calibration of one member part of the weights, for good; one that cannot be leaves all as it is.
+
+    Args:
+        transformer: The transformer.
+        sites: Sites of it.
+        scales: [sites], finite.
+        weight: The member's weight, which multiplies the velocity.
+        last: Paths of the Linear layers that make the velocity; the weight goes there.
+        merges_lora: Merge the LoRA that is on it first.
+
+    Raises:
+        UserError: If a site or the weight cannot be folded, or a scale is not finite.
+    """
+    transformer = unwrap(transformer)
+    _check_scales(sites, scales)
+    check_fold(transformer, sites, merges_lora)
+    for path in last:
+        check_foldable(transformer, path, merges_lora)
+    if merges_lora:
+        remove_lora(transformer, merge=True)
+    fold(transformer, sites, scales)
+    for path in last:
+        scale_rows(transformer.get_submodule(path), weight)
 
 
 @torch.no_grad()
@@ -120,10 +156,22 @@ def check_foldable(transformer: nn.Module, path: str, merges_lora: bool = False)
 
 
 def _target(transformer: nn.Module, site: Site, merges_lora: bool = False) -> nn.Module:
-    if site.fold is None:
-        raise UserError(
-            f"Site {site.name} cannot be folded: no weight of {type(transformer).__name__} carries its scale "
-            "alone. Keep the hooks for this model (load_calibration), which give the same pictures."
-        )
+    assert site.fold is not None, "checked for all sites at once"
     inner = site.fold.norm if isinstance(site.fold, PostNormWeight) else site.fold.linear
     return check_foldable(transformer, f"{site.block}.{inner}", merges_lora)
+
+
+def _check_scales(sites: Sequence[Site], scales: Tensor) -> None:
+    if scales.shape != (len(sites),) or not torch.isfinite(scales).all():
+        raise UserError(
+            f"The scales to fold have shape {tuple(scales.shape)}, for {len(sites)} sites. The rule is one "
+            "finite scale a site; fold one member of one candidate at a time."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names sites: the first few, and how many more there are."""
+    if len(names) == 1:
+        return f"Site {names[0]}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"Sites {', '.join(names[:3])}{more}"

@@ -46,7 +46,7 @@ class Loaded:
             UserError: If the pipeline cannot run the members.
         """
         check_members(pipe, convention, layout, file)
-        self.layout, self.weights = layout, exact_weights(layout, file)
+        self.layout, self.weights = layout, layout.member_weights(file.values)
         self.scales = layout.rows(torch.tensor([file.values], dtype=torch.float64)).scales[0]
         self._pipe, self._known_convention = pipe, convention
         self._names = list(inspect.signature(type(pipe.transformer).forward).parameters)[1:]
@@ -211,7 +211,7 @@ def check_members(
             "The stock pipeline can run members that all see the prompt, or the pair (prompt, negative). "
             "Use calibri_lightning's own sampler."
         )
-    if convention is None and exact_weights(layout, file) != (1.0,):
+    if convention is None and layout.member_weights(file.values) != (1.0,):
         raise UserError(
             f"This calibration has {len(seen)} member(s) with weights of their own, and load_calibration does not know "
             f"how {name} batches and combines prompts. It takes a calibration of one member of weight 1 there. Draw "
@@ -223,24 +223,6 @@ def check_members(
             f"This calibration is a guided pair (prompt and negative prompt), but this {name} is guidance-distilled: "
             "it has no pass for a negative prompt. Use a calibration with members: single, or the base model."
         )
-
-
-def exact_weights(layout: Layout, file: CalibrationFile) -> tuple[float, ...]:
-    """The members' weights in float64, so that an untouched pair has exactly those of its guidance scale.
-
-    Args:
-        layout: The meaning of the calibration's values.
-        file: The calibration.
-
-    Returns:
-        One weight a member.
-    """
-    values = dict(zip(file.names, file.values, strict=True))
-    if layout.weight_mode == "raw":
-        return tuple(values[f"member{m}/weight"] for m in range(len(layout.members)))
-    if layout.weight_mode == "guidance":
-        return values["strength"] * values["guidance"], values["strength"] * (1.0 - values["guidance"])
-    return tuple(member.weight for member in layout.members)
 
 
 def _unguided(what: str, convention: Convention) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +10,7 @@ from calibri_lightning.adapters.loading import load_adapter
 from calibri_lightning.adapters.lora import lora_layers, remove_lora
 from calibri_lightning.calibration.conventions import convention_of
 from calibri_lightning.calibration.files import CALIBRATION, read_calibration
-from calibri_lightning.calibration.fold import check_fold, check_foldable, fold, scale_rows
+from calibri_lightning.calibration.fold import fold_member
 from calibri_lightning.calibration.loaded import Loaded
 from calibri_lightning.calibration.restore import check_adapter as require_adapter
 from calibri_lightning.calibration.restore import layout_for
@@ -75,7 +74,7 @@ def load_calibration(pipe: Pipeline, path: str | Path, check_adapter: bool = Tru
         if check_adapter:
             check_weights(file.weights, pipe.transformer, path if path.is_dir() else path.parent)
             require_adapter(file, pipe.transformer)
-        setattr(pipe, _LOADED, Loaded(pipe, convention_of(pipe), layout, file))
+        setattr(pipe, _LOADED, Loaded(pipe, convention_of(type(pipe)), layout, file))
     except BaseException:
         if brought:
             remove_lora(pipe.transformer)
@@ -146,22 +145,14 @@ def fuse(pipe: Pipeline) -> Pipeline:
             "weights holds one member's scales. Keep the hooks of load_calibration, which give exactly this "
             "calibration, or calibrate with members: single to fuse."
         )
-    transformer, weight, last, merges = pipe.transformer, loaded.weights[0], [], hasattr(pipe, _BROUGHT)
+    transformer, weight = pipe.transformer, loaded.weights[0]
+    last: tuple[str, ...] = ()
     if weight != 1.0:
-        # The member's weight multiplies the velocity, and this is the last linear map before it.
-        convention = convention_of(pipe)
+        convention = convention_of(type(pipe))
         assert convention is not None, "without one, a calibration has weight 1"
-        last = [name for name, _ in transformer.named_modules() if fnmatch(name, convention.last)]
-    # A refused fold leaves all as it is.
-    check_fold(transformer, loaded.layout.sites, merges)
-    for name in last:
-        check_foldable(transformer, name, merges)
-    if merges:
-        remove_lora(transformer, merge=True)
+        last = convention.last_layers(transformer)
     # Folding under live hooks is safe, as nothing runs until they are gone.
-    fold(transformer, loaded.layout.sites, loaded.scales[0])
-    for name in last:
-        scale_rows(transformer.get_submodule(name), weight)
+    fold_member(transformer, loaded.layout.sites, loaded.scales[0], weight, last, hasattr(pipe, _BROUGHT))
     setattr(pipe, _FUSED, True)
     return unload_calibration(pipe)
 

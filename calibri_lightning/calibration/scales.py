@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calibri_lightning.arrays import Floats
 from calibri_lightning.calibration.sites import Granularity, Site, SiteOptions, options_of
 from calibri_lightning.errors import UserError
 
@@ -111,9 +112,7 @@ class Layout:
 
     def scale_name(self, site: Site) -> str:
         """Returns the name of the scale that a site listens to; sites that share a name share a scale."""
-        if self.granularity == "gate":
-            return site.name
-        return f"{site.block}.{site.layer}" if self.granularity == "layer" else site.block
+        return scale_name(site, self.granularity)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -193,6 +192,22 @@ class Layout:
         fixed = torch.tensor([member.weight for member in self.members], device=theta.device)
         return Rows(scales, fixed.expand(len(theta), num_members))
 
+    def member_weights(self, theta: Sequence[float] | Floats) -> tuple[float, ...]:
+        """The weights of one candidate in float64, so that an untouched pair has exactly those of its guidance scale.
+
+        Args:
+            theta: [n], in the order of `names`.
+
+        Returns:
+            One weight a member.
+        """
+        if self.weight_mode == "raw":
+            return tuple(float(value) for value in theta[-len(self.members) :])
+        if self.weight_mode == "guidance":
+            strength, guidance = (float(value) for value in theta[-2:])
+            return strength * guidance, strength * (1.0 - guidance)
+        return tuple(member.weight for member in self.members)
+
 
 def build_layout(
     sites: Sequence[Site],
@@ -235,6 +250,21 @@ def build_layout(
     layout = Layout(tuple(sites), granularity, chosen, weight_mode)
     layout.check_start()
     return layout
+
+
+def scale_name(site: Site, granularity: Granularity) -> str:
+    """Names the scale that a site listens to; sites that share a name share a scale.
+
+    Args:
+        site: The site.
+        granularity: How sites share scales.
+
+    Returns:
+        The name, without the member.
+    """
+    if granularity == "gate":
+        return site.name
+    return f"{site.block}.{site.layer}" if granularity == "layer" else site.block
 
 
 def choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -91,7 +91,9 @@ def check_weights(record: WeightsRecord | None, transformer: nn.Module, folder: 
         source = folder / TRANSFORMER if record.transformer == TRANSFORMER else record.transformer
         steps.append(f"load_transformer(pipe.transformer, {str(source)!r})")
     if record.merged:
-        steps.append(f"load_adapter(pipe.transformer, {record.merged!r}, merge=True)")
+        beside = folder / record.merged
+        merged = str(beside) if beside.is_dir() else record.merged
+        steps.append(f"load_adapter(pipe.transformer, {merged!r}, merge=True)")
     raise UserError(
         f"This calibration was found on {record.described}, and the model given has other weights, on which the scales "
         f"are half of the answer. Load the plain model, then call {' and '.join(steps)} of "

@@ -218,7 +218,9 @@ def _bca_tails(tails: FloatArray, means: FloatArray, mean: float, sums: FloatArr
     bias = _NORMAL.inv_cdf(min(max(below, 0.5 / len(means)), 1 - 0.5 / len(means)))
     jackknife = (sums.sum() - sums) / (sizes.sum() - sizes)
     spread = jackknife.mean() - jackknife
-    acceleration = float((spread**3).sum() / (6 * (spread**2).sum() ** 1.5))
+    size = float((spread**2).sum() ** 1.5)
+    # Values that differ by rounding alone can have equal jackknife means, which are not skewed.
+    acceleration = float((spread**3).sum()) / (6 * size) if size else 0.0
     quantiles = [_NORMAL.inv_cdf(float(tail)) for tail in tails]
     adjusted = [bias + (bias + z) / (1 - acceleration * (bias + z)) for z in quantiles]
     return np.array([_NORMAL.cdf(z) for z in adjusted])

@@ -7,7 +7,8 @@ Blue and orange are told apart with any colour blindness (Okabe and Ito 2008).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, PAPER, GRID = "#22262b", "#8a929b", "#ffffff", "#e8ebee"
+INK, FAINT, PAPER, GRID = "#22262b", "#68717a", "#ffffff", "#e8ebee"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 DPI = 150
 
@@ -53,8 +54,75 @@ def apart(labels: Sequence[tuple[float, str, str]], gap: float) -> list[tuple[fl
     return placed
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+@contextmanager
+def sheet(path: Path, width: float, height: float, title: str, subtitle: str, note: str) -> Iterator[Figure]:
+    """Gives a figure with three lines of text in its upper left corner, and saves it as a PNG once it is drawn.
 
+    Args:
+        path: The PNG.
+        width: Inches.
+        height: Inches.
+        title: What is shown.
+        subtitle: Of what.
+        note: How to read it.
+
+    Yields:
+        The figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
+    heading(figure, title, subtitle, width, height)
+    figure.text(0.15 / width, 1 - 0.57 / height, note, size=7.5, color=FAINT, va="top")
+    yield figure
+    save(figure, path)
+
+
+def ruled(axes: Axes) -> None:
+    """Quiet axes with faint horizontal lines behind the data."""
+    axes.tick_params(labelsize=7.5)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    quiet(axes)
+
+
+def name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names curves to the right of their axes, apart, each with a thin line to where the curve ends.
+
+    Args:
+        axes: The axes, with everything drawn: their limits are kept.
+        ends: Height of the end, name and colour of each curve; those without a finite end are left out.
+    """
+    low, high = axes.get_ylim()
+    finite = [end for end in ends if math.isfinite(end[0])]
+    # In the order in which `apart` gives them back.
+    for (y, _, _), (place, name, colour) in zip(sorted(finite), apart(finite, 0.05 * (high - low)), strict=True):
+        axes.annotate(
+            name,
+            (1.005, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(1.05, place),
+            textcoords=("axes fraction", "data"),
+            size=7.5,
+            color=colour,
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
+    axes.set_ylim(low, high)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG; names and prompts stand there as they are, also with dollar signs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     FigureCanvasAgg(figure).print_png(str(path))

@@ -34,10 +34,43 @@ def format_interval(interval: Interval, signed: bool = False, places: int | None
         return "n/a"
     width = interval.high - interval.low
     sign, digits = "+" if signed else "", decimals(width) if places is None else places
+    # An end that is not 0 does not look like it, or a star beside it would contradict the number.
+    ends = [end for end in (interval.low, interval.high) if interval.excludes(0.0) and abs(end) > 1e-6]
+    while any(round(end, digits) == 0 for end in ends):
+        digits += 1
     mean = f"{interval.mean:{sign}.{digits}f}"
     if math.isnan(width):
         return f"{mean} [n/a]"
     return f"{mean} [{interval.low:{sign}.{digits}f}, {interval.high:{sign}.{digits}f}]"
+
+
+def format_difference(interval: Interval, places: int | None = None) -> str:
+    """A difference as "+0.021 [+0.013, +0.029] *"; the star says that the interval excludes 0.
+
+    Args:
+        interval: What to write.
+        places: Decimal places; None takes them from the width of the interval.
+
+    Returns:
+        The text.
+    """
+    return format_interval(interval, signed=True, places=places) + (" *" if interval.excludes(0.0) else "")
+
+
+def meets(difference: Interval, ratio: float) -> tuple[str, str]:
+    """Words for how one condition does against another.
+
+    Args:
+        difference: The one minus the other.
+        ratio: Cost of the other over that of the one.
+
+    Returns:
+        The verb, and what to say of the cost after the other's name.
+    """
+    verb = "shows no clear difference from"
+    if difference.excludes(0.0):
+        verb = "beats" if difference.mean > 0 else "is worse than"
+    return verb, " at equal cost" if ratio == 1 else f", which costs {ratio:.3g} times as much"
 
 
 def verdict(summary: Summary) -> str:
@@ -67,11 +100,7 @@ def _sentence(comparison: Comparison, calibrated: Condition, base: Condition, le
     difference = comparison.difference
     if math.isnan(difference.low):
         return f"Too few prompts ({difference.count}) to compare {comparison.calibrated} with {comparison.base}."
-    verb = "shows no clear difference from"
-    if difference.excludes(0.0):
-        verb = "beats" if difference.mean > 0 else "is worse than"
-    ratio = base.num_forwards_per_image / calibrated.num_forwards_per_image
-    cost = " at equal cost" if ratio == 1 else f", which costs {ratio:.3g} times as much"
+    verb, cost = meets(difference, base.num_forwards_per_image / calibrated.num_forwards_per_image)
     numbers = f"{comparison.reward} {format_interval(difference, signed=True)}"
     source = f"({difference.count} pairs, {level:.0%} interval)"
     return f"{_capital(comparison.calibrated)} {verb} {comparison.base}{cost}: {numbers} {source}."
@@ -190,7 +219,7 @@ def _differences_block(summary: Summary, rewards: Sequence[str]) -> list[_Row]:
     for first in (comparison for against in AGAINST for comparison in summary.compared(against)):
         pair = (first.calibrated, first.base, first.against)
         found = {c.reward: c for c in summary.comparisons if (c.calibrated, c.base, c.against) == pair}
-        rows.append((_rivals(summary, first), [_difference(found[name].difference) for name in rewards]))
+        rows.append((_rivals(summary, first), [format_difference(found[name].difference) for name in rewards]))
         rows.append(("  win / tie / loss", [_shares(found[name]) for name in rewards]))
     return rows
 
@@ -201,10 +230,6 @@ def _rivals(summary: Summary, comparison: Comparison | DiversityComparison) -> s
     label = f"{comparison.calibrated} - {comparison.base}" if several else f"against {comparison.base}"
     # The names of the start and of the weights alone say already what they are.
     return label if comparison.against in ("start", "weights alone") else f"{label}  ({comparison.against})"
-
-
-def _difference(interval: Interval, places: int | None = None) -> str:
-    return format_interval(interval, signed=True, places=places) + (" *" if interval.excludes(0.0) else "")
 
 
 def _diversity_block(summary: Summary, width: int) -> list[str]:
@@ -218,7 +243,10 @@ def _diversity_block(summary: Summary, width: int) -> list[str]:
     ]
     ordered = sorted(summary.diversity_comparisons, key=lambda c: AGAINST.index(c.against))
     differences = [
-        (_rivals(summary, c), [_difference(c.differences.vendi, 2), _difference(c.differences.pixel_distance, 3)])
+        (
+            _rivals(summary, c),
+            [format_difference(c.differences.vendi, 2), format_difference(c.differences.pixel_distance, 3)],
+        )
         for c in ordered
     ]
     heads = (

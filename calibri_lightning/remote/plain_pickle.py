@@ -223,8 +223,8 @@ class _Reader:
             return f"a pickle has the opcode {name}, which plain data do not need; nothing of it was executed"
         if what.partition(".")[0] in ("numpy", "torch"):
             return (
-                f"a pickle holds {sanitised(what)}, a NumPy or torch object, which is not read. Convert it in the "
-                "server before it pickles its reply: [float(score) for score in scores]"
+                f"a pickle holds {sanitised(what)}, a NumPy or torch object, which is not read. What writes "
+                "the pickle must convert it before: [float(score) for score in scores]"
             )
         return f"a pickle asks for {sanitised(what)}, which is more than plain data; nothing of it was executed"
 

@@ -86,6 +86,7 @@ class Evaluator:
         done: Callable[[UnitResult], None] | None = None,
         known: NDArray[np.float64] | None = None,
         held_out: bool = False,
+        seen: Callable[[tuple[Cell, ...], Tensor], None] | None = None,
     ) -> Evaluation:
         """Scores candidates on prompts; they share each slot's prompt and noise (common random numbers).
 
@@ -103,6 +104,8 @@ class Evaluator:
                 do not change the composition of the units; a unit of which all cells are known is not
                 computed again.
             held_out: Whether the rewards that are held out are asked, too; their values are NaN otherwise.
+            seen: Called on this rank with the cells and the pictures of each of its units, in order, before they are
+                scored; in the thread that draws.
 
         Returns:
             Rewards and costs, the same on all ranks.
@@ -118,7 +121,7 @@ class Evaluator:
         grid = Grid.empty(self.rewards.names, shape)
         failure: Exception | None = None
         try:
-            self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size], grid, done, held_out)
+            self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size], grid, done, held_out, seen)
         except Exception as error:
             # The other ranks wait in `gather`: they are told before this one stops.
             failure = error
@@ -177,6 +180,7 @@ class Evaluator:
         grid: Grid,
         done: Callable[[UnitResult], None] | None,
         held_out: bool,
+        seen: Callable[[tuple[Cell, ...], Tensor], None] | None,
     ) -> None:
         """Makes and scores this rank's units, in order, into the grid."""
         rows = self._rows(thetas)
@@ -193,6 +197,8 @@ class Evaluator:
         with Behind(self.backbone.device, self.num_scoring) as behind:
             for index in mine:
                 images, num_forwards = self._draw(units[index], rows, prompts, seeds, num_steps, behind.wait)
+                if seen is not None:
+                    seen(units[index], images)
                 behind.submit(partial(score, index, images), partial(finish, num_forwards))
                 # The scoring thread alone holds the pictures, and frees them when it is done.
                 del images

@@ -237,7 +237,7 @@ def test_one_member_of_weight_one_works_on_any_pipeline(build: Any, tmp_path: Pa
     rows, prompts = layout.rows(torch.from_numpy(theta)[None]), backbone.encode(PROMPTS[:1])
     expected = backbone.sample(attachment, rows, layout.members, prompts, None, backbone.noise([3]), 3).latents
     pipe = tiny.fresh(build)
-    assert convention_of(pipe) is None
+    assert convention_of(type(pipe)) is None
 
     def call() -> Tensor:
         return pipe(

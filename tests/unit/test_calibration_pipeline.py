@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from calibri_lightning.backbones import SD3
 from calibri_lightning.calibration import (
     CalibrationFile,
     Layout,
@@ -121,6 +122,34 @@ def test_a_guided_calibration_equals_an_independent_two_pass_sampler(
     load_calibration(pipe, save(pipe, layout, theta, tmp_path))
     assert torch.allclose(stock(pipe, called_with), expected, atol=2e-5)
     assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_the_stock_call_with_negative_prompts_draws_what_our_sampler_draws(pipe, tmp_path: Path) -> None:
+    """Each prompt with a negative prompt of its own, the member of each pass, the learned weights; to the picture."""
+    negatives, seeds = ["blurry", "a blue square beside a red one"], [3, 4]
+    backbone, layout = SD3.of(build_pipeline(TINY)), layout_of(pipe, "cfg", "raw")
+    theta = perturbed(layout)
+    attachment = attach(backbone.transformer, layout.sites)
+    samples = backbone.sample(
+        attachment,
+        layout.rows(torch.from_numpy(theta)[None].expand(2, -1)),
+        layout.members,
+        backbone.encode(PROMPTS),
+        backbone.encode(negatives, negative=True),
+        backbone.noise(seeds),
+        STEPS,
+    )
+    load_calibration(pipe, save(pipe, layout, theta, tmp_path))
+
+    def drawn(negative_prompt: list[str] | None) -> Tensor:
+        options = {"num_inference_steps": STEPS, "height": TINY.image_size, "width": TINY.image_size}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        call = {"negative_prompt": negative_prompt, "generator": generators, "output_type": "pt", **options}
+        return pipe(PROMPTS, guidance_scale=5.5, **call).images
+
+    expected = backbone.decode(samples.latents)
+    assert torch.allclose(drawn(negatives), expected, atol=2e-5)
+    assert not torch.allclose(drawn(None), expected, atol=1e-3), "the negative prompts matter"
 
 
 @pytest.mark.parametrize("members", ["single", 2, 3])

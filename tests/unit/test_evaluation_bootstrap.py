@@ -182,3 +182,9 @@ def test_win_rate_of_equal_normals_and_of_a_shift():
 def test_wrong_shapes_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_differences_that_are_equal_up_to_rounding_have_an_interval() -> None:
+    noise = np.random.Generator(np.random.Philox(key=3)).normal(0.5, 0.1, 40)
+    interval = paired_interval(noise + 0.1, noise)
+    assert (interval.low, interval.high) == (pytest.approx(0.1), pytest.approx(0.1))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from calibri_lightning.evaluation import Convergence, plot_convergence, plot_scales
 from calibri_lightning.evaluation.convergence import _running_mean
-from calibri_lightning.evaluation.figure import apart
+from calibri_lightning.evaluation.figure import apart, heading, save
 from calibri_lightning.evaluation.scale_grid import bands, scale_grids
 
 
@@ -29,6 +30,19 @@ def pixels(path) -> np.ndarray:
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_dollar_signs_are_no_mathematics(tmp_path):
+    """Labels and prompts are text: half of a formula would raise, a whole one would be set as such."""
+
+    def written(text: str, name: str) -> np.ndarray:
+        figure = Figure(figsize=(3, 1), facecolor="white")
+        heading(figure, text, "a$b^{c$", 3, 1)
+        save(figure, tmp_path / name)
+        return pixels(tmp_path / name)
+
+    assert (written("$5 and $6", "price.png") != written("5and6", "formula.png")).any()
+    assert (written("$x$", "dollars.png") < 128).sum() > (written("x", "letter.png") < 128).sum()
 
 
 def test_every_scale_stands_in_its_cell():

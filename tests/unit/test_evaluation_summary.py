@@ -21,6 +21,8 @@ from calibri_lightning.evaluation import (
     win_rate,
     write_summary,
 )
+from calibri_lightning.evaluation.bootstrap import Interval
+from calibri_lightning.evaluation.text import format_interval
 
 COUNT = 120
 
@@ -210,6 +212,18 @@ def test_verdict_follows_the_interval(gain, words):
 
 def test_verdict_without_a_base_says_so():
     assert "Nothing to compare" in verdict(make(conditions=conditions()[2:]))
+
+
+def test_an_end_that_is_not_0_does_not_look_like_it():
+    """Else the star beside it would contradict the number."""
+
+    def written(low: float, high: float) -> str:
+        return format_interval(Interval((low + high) / 2, low, high, 9, 0), signed=True)
+
+    assert written(0.0004, 0.082) == "+0.0412 [+0.0004, +0.0820]"
+    assert written(-0.3, -0.00004) == "-0.15002 [-0.30000, -0.00004]"
+    assert written(-0.0004, 0.082) == "+0.041 [-0.000, +0.082]", "nothing is claimed of it"
+    assert written(1e-9, 0.082) == "+0.041 [+0.000, +0.082]"
 
 
 def test_table_is_aligned_and_complete():

@@ -181,7 +181,7 @@ def test_objects_of_the_standard_library_are_refused(value: Any, protocol: int) 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_numpy_is_refused_with_what_to_change(value: Any, protocol: int) -> None:
     for reply in ({"scores": value}, {"scores": [1.0, value]}):
-        with pytest.raises(PlainPickleError, match=r"numpy\..*Convert it in the server .*float\(score\) for score"):
+        with pytest.raises(PlainPickleError, match=r"numpy\..*must convert it before.*float\(score\) for score"):
             loads(pickle.dumps(reply, protocol))
     with pytest.raises(UserError, match=r"numpy\.\w+.*x\.tolist"):
         dumps({"meta_datas": [value]})
