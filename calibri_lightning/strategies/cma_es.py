@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from calibri_lightning.strategies.cma_core import LEAST_POPSIZE, CMACore, offici
 from calibri_lightning.strategies.evolution import EvolutionStrategy
 from calibri_lightning.strategies.history import Settings
 from calibri_lightning.strategies.search import SearchSpace, search_space
+from calibri_lightning.strategies.sensitivity import measurement_digest, seeded_factors
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _DEFAULT_POPSIZE = 32
 _DEFAULT_CMEAN_FINAL = 0.3
@@ -40,6 +44,8 @@ class CMAES(EvolutionStrategy):
             1.
         weight_std: Step size of raw member weights relative to that of scales; refused where none is learned.
             Default: 0.2, or 1 with preset official.
+        sigma_from: A sensitivity.json of `ablate --by` this granularity: the first step size of a scale is then
+            proportional to 1 / how far it moves the picture, a third to 3 times what it would be. Default: equal steps.
         sigma_plateau: End when sigma has stayed within 2 % for so many generations.
         max_images: End before this many training images are exceeded.
         max_seconds: End after so many seconds of training, resumed parts included.
@@ -58,6 +64,7 @@ class CMAES(EvolutionStrategy):
         halving: list[int] | None = None,
         cmean_final: float | None = None,
         weight_std: float | None = None,
+        sigma_from: str | None = None,
         sigma_plateau: int | None = None,
         max_images: int | None = None,
         max_seconds: float | None = None,
@@ -75,7 +82,13 @@ class CMAES(EvolutionStrategy):
         self.preset, self.sigma0, self.popsize, self.bucket_size = preset, sigma0, popsize, bucket_size
         self.rounds = _rounds(bucket_size, halving, preset)
         self.cmean_final = cmean_final or (1.0 if preset == "official" else _DEFAULT_CMEAN_FINAL)
-        self.weight_std, self.sigma_plateau = weight_std, sigma_plateau
+        self.weight_std, self.sigma_from, self.sigma_plateau = weight_std, sigma_from, sigma_plateau
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets an earlier fit; a file of step sizes that does not fit is refused before anything is drawn."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.sigma_from is not None:
+            self.space(cast(CalibratedModule, pl_module))
 
     @property
     def prompts_per_step(self) -> int:
@@ -122,6 +135,7 @@ class CMAES(EvolutionStrategy):
             "popsize": self._popsize(num_parameters),
             "halving": "+".join(map(str, self.rounds)),
             "cmean_final": self.cmean_final,
+            **({} if self.sigma_from is None else {"sigma_from": measurement_digest(self.sigma_from)}),
         }
 
     def space(self, module: CalibratedModule) -> SearchSpace:
@@ -131,10 +145,15 @@ class CMAES(EvolutionStrategy):
             module: The module that is trained.
 
         Returns:
-            Start, bounds and relative step sizes; all steps are equal in the official preset.
+            Start, bounds and relative step sizes; all steps are equal in the official preset, unless measured.
+
+        Raises:
+            UserError: If sigma_from does not fit the module.
         """
         layout = module.layout
         stds = np.ones(len(layout.names)) if self.preset == "official" else layout.stds
+        if self.sigma_from is not None:
+            stds = stds * seeded_factors(self.sigma_from, layout, module.engine.backbone.transformer)
         return search_space(layout.names, module.start_theta, layout.lower, layout.upper, stds, self.weight_std)
 
     def build_core(self, space: SearchSpace, seed: int, settings: Settings) -> CMACore:

@@ -1,0 +1,1 @@
+"""Commands that work on finished runs: each is one package."""

@@ -1,0 +1,1 @@
+"""The command `export`: turns a run into files that others can use."""
