@@ -19,18 +19,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from method_runs import Run, over_seeds, read_run
-
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.bootstrap import Interval
 from calibri_lightning.evaluation.figure import (
-    BLUE,
     DPI,
     FAINT,
-    GREEN,
     GRID,
     INK,
-    ORANGE,
     PAPER,
     apart,
     heading,
@@ -39,12 +34,12 @@ from calibri_lightning.evaluation.figure import (
 )
 from calibri_lightning.evaluation.summary import Summary
 from calibri_lightning.evaluation.text import format_interval
+from calibri_lightning.tools.compare.history import Run, over_seeds, read_run
+from calibri_lightning.tools.compare.plots import COLOURS, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9")
-"""Told apart with any colour blindness (Okabe and Ito 2008)."""
 CURRENT_STYLE: Mapping[str, Any] = {
     "linewidth": 1.8,
     "markersize": 4,
@@ -228,21 +223,6 @@ def _frame(axes: Axes, longest: float) -> None:
     axes.set_axisbelow(True)
     axes.set_xlim(0, 1.03 * longest)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
-
-
-def short(count: float) -> str:
-    """Writes a count for an axis.
-
-    Args:
-        count: At least 0.
-
-    Returns:
-        Such as 500, 2.5k or 1M.
-    """
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:g}{unit}"
-    return f"{count:g}"
 
 
 def _label(axes: Axes, runs: Sequence[Run], colours: Mapping[str, str], base: float) -> None:

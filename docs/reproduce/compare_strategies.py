@@ -54,7 +54,7 @@ def run(key: str, seed: int, images: int, points: int, out: Path, extra: list[st
     """Runs one fit unless its summary exists; returns its folder."""
     setting, folder = SETTINGS[key], out / f"{key}_{seed}"
     generations = images // setting.images_per_generation
-    if not (folder / "version_0" / "summary.json").exists():
+    if not any(folder.glob("version_*/summary.json")):
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "calibri_lightning", "fit", "--config", str(ROOT / "configs/quickstart.yaml")]
         command += [f"--seed_everything={seed}", f"--name={folder.name}", f"--trainer.default_root_dir={out}"]
@@ -64,7 +64,9 @@ def run(key: str, seed: int, images: int, points: int, out: Path, extra: list[st
         with (folder / "log.txt").open("w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    return folder / "version_0"
+    # An interrupted run left a folder without a summary.
+    (found,) = folder.glob("version_*/summary.json")
+    return found.parent
 
 
 def read(folder: Path, per_generation: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:

@@ -17,6 +17,7 @@ from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.diversity import Diversity
 from calibri_lightning.evaluation.files import write_summary
 from calibri_lightning.evaluation.summary import Budget, Condition, Summary, summarise
+from calibri_lightning.tools.compare import history
 
 SCRIPTS = Path(__file__).parents[2] / "docs/reproduce"
 
@@ -34,7 +35,7 @@ def compare() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def method_runs() -> ModuleType:
-    return script("method_runs")
+    return history
 
 
 def log(folder: Path, rows: Sequence[Mapping[str, float]]) -> Path:
