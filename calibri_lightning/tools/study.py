@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calibri_lightning.cli import CalibriCLI, parse_fit, run
-from calibri_lightning.commandline import OneLineParser, exit_code
+from calibri_lightning.commandline import OneLineParser, cleaning_up_when_terminated, exit_code
 from calibri_lightning.errors import UserError
 from calibri_lightning.module import CalibriModule
 from calibri_lightning.prompts import PromptBatch
@@ -92,7 +92,9 @@ def run_command(arguments: Sequence[str], usage: str, work: Callable[[Sequence[s
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(usage, end="")
         return 0
-    return exit_code(lambda: work(arguments))
+    # Lightning only notes SIGTERM during a test, and calls the handler that was there before.
+    with cleaning_up_when_terminated():
+        return exit_code(lambda: work(arguments))
 
 
 def open_source(

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_rewards import redness
-from tiny_runs import CMA, VAL, Capture, TinyRuns
+from tiny_rewards import CALLS, TERMINATE_AT, redness
+from tiny_runs import CMA, VAL, Capture, TinyRuns, forked
 from torch import nn
 
 from calibri_lightning.__main__ import main
@@ -211,6 +211,15 @@ def test_the_files_hold_what_the_evaluator_gives_and_a_cut_study_goes_on(
     third = [float(row[reward]) for row in pictures if (row["site"], row["level"]) == (table[3]["site"], "0")]
     base = [float(row[reward]) for row in pictures if row["site"] == UNTOUCHED]
     assert (table[3]["level"], float(table[3]["difference"])) == ("0", pytest.approx(np.mean(third) - np.mean(base)))
+
+    # A scheduler's SIGTERM ends it between two prompts, and it goes on as after a kill.
+    cut, calls = runs.folder / "cut", runs.folder / "calls"
+    stopped = {CALLS: str(calls), TERMINATE_AT: "2"}
+    [code] = forked([[*words[:-1], str(cut)]], [stopped], runs.folder / "log")
+    assert code == 143
+    assert len(calls.read_text().splitlines()) == 2
+    assert main([*words[:-1], str(cut)]) == 0
+    assert (cut / "pictures.csv").read_bytes() == whole
 
     kept = whole.decode().splitlines(keepends=True)
     (out / "pictures.csv").write_text("".join(kept[: len(thetas) + 4])[:-3], newline="")
