@@ -25,7 +25,7 @@ from calibri_lightning.calibration import (
     fingerprint,
     write_calibration,
 )
-from calibri_lightning.calibration.files import CALIBRATION
+from calibri_lightning.calibration.files import CALIBRATION, read_calibration
 from calibri_lightning.conditions import Conditions, base_name
 from calibri_lightning.diversity import SAMPLES, diversities
 from calibri_lightning.errors import UserError
@@ -205,7 +205,14 @@ class RunReport:
         if diversity:
             results = [replace(result, diversity=own) for result, own in zip(results, diversity, strict=True)]
         watched = [name for entry in module.rewards.watched for name in entry.names]
-        summary = summarise(results, module.reward_name, module.budget, calibration, watched=watched)
+        summary = summarise(
+            results,
+            module.reward_name,
+            module.budget,
+            calibration,
+            watched=watched,
+            calibration_sha256=self._sha256() if calibration == self.folder / CALIBRATION else "",
+        )
         self._folder()
         write_summary(self.folder / "summary.json", summary)
         print(render_table(summary))
@@ -225,6 +232,12 @@ class RunReport:
             return Path(given)
         self.write_answer()
         return own
+
+    def _sha256(self) -> str:
+        """Digest of what was tested, by which its summary is known to belong to it."""
+        file = read_calibration(self.folder / CALIBRATION)
+        # A checkpoint under test may hold other values than the run's last word.
+        return replace(file, values=tuple(float(value) for value in self.module.answer.theta)).sha256
 
     def _panels(self, conditions: Conditions) -> tuple[list[Panel], list[str]]:
         """The first test prompts, drawn under every condition; all ranks draw, all get all pictures."""

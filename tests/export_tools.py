@@ -160,11 +160,13 @@ def _adapter(folder: Path, transformer: Any, seed: int) -> str:
     return digest
 
 
-def write_test(folder: Path) -> None:
+def write_test(folder: Path, sha256: str = "") -> None:
     """Writes the summary.json of a test of 4 prompts."""
     rewards = {"base @ 3 steps": [0.1, 0.2, 0.3, 0.4], "calibrated @ 3 steps": [0.3, 0.4, 0.55, 0.6]}
     conditions = [
         Condition(name, "base" if name.startswith("base") else "calibrated", 3, 3, {"redness": np.array(values)})
         for name, values in rewards.items()
     ]
-    write_summary(folder / "summary.json", summarise(conditions, "redness", Budget(48, 144, 12.5), "calibration.json"))
+    budget = Budget(48, 144, 12.5)
+    summary = summarise(conditions, "redness", budget, "calibration.json", calibration_sha256=sha256)
+    write_summary(folder / "summary.json", summary)

@@ -5,10 +5,11 @@ It holds no time stamp, so that an interrupted and resumed run writes the same b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from calibri_lightning.adapters.files import AdapterRecord
@@ -82,6 +83,11 @@ class CalibrationFile:
                 )
         choose("granularity", self.granularity, ("block", "layer", "gate"))
         choose("weight_mode", self.weight_mode, ("fixed", "raw", "guidance"))
+
+    @property
+    def sha256(self) -> str:
+        """Tells this answer from others: a digest of all but how it was obtained."""
+        return hashlib.sha256(to_json(replace(self, obtained_by=ObtainedBy())).encode()).hexdigest()
 
 
 def to_json(file: CalibrationFile) -> str:

@@ -58,6 +58,7 @@ def to_json(summary: Summary) -> str:
         "watched": list(summary.watched),
         "level": summary.level,
         "calibration": summary.calibration,
+        "calibration_sha256": summary.calibration_sha256,
         "budget": {
             "images": summary.budget.images,
             "forwards": summary.budget.forwards,
@@ -110,8 +111,10 @@ def from_json(text: str) -> Summary:
             for c in document["conditions"]
         ]
         budget, clusters, level = Budget(**document["budget"]), document["clusters"], document["level"]
-        watched = document.get("watched", ())  # absent from the files of older versions
-        return summarise(conditions, document["reward"], budget, document["calibration"], clusters, level, watched)
+        # Absent from the files of older versions.
+        watched, sha256 = document.get("watched", ()), document.get("calibration_sha256", "")
+        where = document["calibration"]
+        return summarise(conditions, document["reward"], budget, where, clusters, level, watched, sha256)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"not a summary.json ({error!r}); give the file that `fit` or `test` wrote") from error
 

@@ -146,6 +146,7 @@ class Summary:
         diversity: For each condition, in order, its diversity; empty unless all were measured.
         diversity_comparisons: Calibrated against base; empty like `diversity`.
         watched: Rewards that played no part in what was optimised.
+        calibration_sha256: `CalibrationFile.sha256` of that file; empty where there was none, or it is not known.
     """
 
     reward: str
@@ -159,6 +160,7 @@ class Summary:
     diversity: tuple[DiversityIntervals, ...]
     diversity_comparisons: tuple[DiversityComparison, ...]
     watched: tuple[str, ...] = ()
+    calibration_sha256: str = ""
 
     def compared(self, against: Against, reward: str | None = None) -> tuple[Comparison, ...]:
         """The comparisons of one kind in one reward, the optimised one unless told."""
@@ -174,6 +176,7 @@ def summarise(
     clusters: Sequence[int] | None = None,
     level: float = 0.95,
     watched: Sequence[str] = (),
+    calibration_sha256: str = "",
 ) -> Summary:
     """Compare every calibrated condition with the base at equal and at full NFE, in every reward.
 
@@ -185,6 +188,7 @@ def summarise(
         clusters: The prompt index of each value when several samples share a prompt.
         level: Confidence of all intervals.
         watched: Rewards that played no part in what was optimised.
+        calibration_sha256: `CalibrationFile.sha256` of that file.
 
     Returns:
         The summary. When the base at equal NFE is also the most expensive one, it is compared once, as `equal
@@ -220,6 +224,7 @@ def summarise(
         means,
         *diversity,
         tuple(watched),
+        calibration_sha256,
     )
 
 

@@ -98,15 +98,9 @@ def read_finished(folder: Path) -> FinishedRun:
             hint = f"Its folders {', '.join(inside[:3])} have one: give one of these." if inside else _FIX
             raise UserError(f"The run {folder} has no {name}, {why}. {hint}")
     file = read_calibration(folder / CALIBRATION)
-    return FinishedRun(
-        folder,
-        _read_settings(folder / CONFIG),
-        file,
-        _read_summary(folder / SUMMARY),
-        _find_transformer(folder, file),
-        _find_merged(file),
-        _find_adapter(folder, file),
-    )
+    settings = _read_settings(folder / CONFIG)
+    weights = _find_transformer(folder, file), _find_merged(file), _find_adapter(folder, file)
+    return FinishedRun(folder, settings, file, _read_summary(folder / SUMMARY, file), *weights)
 
 
 def _read_settings(path: Path) -> Settings:
@@ -145,11 +139,20 @@ def _weight(entry: Any) -> float:
     return 1.0 if given is None else float(given)
 
 
-def _read_summary(path: Path) -> Summary | None:
+def _read_summary(path: Path, file: CalibrationFile) -> Summary | None:
+    if not path.is_file():
+        return None
     try:
-        return from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+        summary = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Run `test` again, or remove the file.") from error
+    # Older versions wrote none.
+    if summary.calibration_sha256 not in ("", file.sha256):
+        raise UserError(
+            f"{path} holds the numbers of another calibration than the {CALIBRATION} beside it: the fit went on after "
+            "its test, or a file was copied in. Run `test` again, or remove the file."
+        )
+    return summary
 
 
 def _find_transformer(folder: Path, file: CalibrationFile) -> Path | None:

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 import tiny_pipelines as tiny
-from export_tools import Family, write_run
+from export_tools import Family, write_run, write_test
 
 import calibri_lightning.tools.export.run as export_run
 from calibri_lightning.__main__ import main
 from calibri_lightning.adapters import write_transformer
+from calibri_lightning.calibration.files import read_calibration
 from calibri_lightning.calibration.sites import find_sites
 from calibri_lightning.errors import UserError
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 from calibri_lightning.tools.export import folded
 from calibri_lightning.tools.export.run import Options, export
+from calibri_lightning.tools.finished import read_finished
 
 SD3 = Family("sd3")
 
@@ -83,6 +85,17 @@ def test_files_of_two_runs(tmp_path: Path, base: Path) -> None:
     alone = write_run(tmp_path / "alone", base)
     (run / "adapter").rename(alone / "adapter")
     refused(Options(alone, tmp_path / "out"), r"has adapter/, of which its calibration.json says nothing")
+
+
+def test_numbers_of_another_calibration(tmp_path: Path, base: Path) -> None:
+    run = write_run(tmp_path / "run", base)
+    own = read_calibration(run / "calibration.json")
+    for sha256, told in ((own.sha256, True), ("", True), (replace(own, values=own.values[::-1]).sha256, False)):
+        write_test(run, sha256)
+        if told:
+            assert read_finished(run).summary is not None
+        else:
+            refused(Options(run, tmp_path / "out"), "the numbers of another calibration")
 
 
 def test_trained_weights_that_are_gone_or_others(tmp_path: Path, base: Path) -> None:

@@ -21,6 +21,8 @@ from calibri_lightning.tools.lineage import Source, origin
 _STILL = 1e-6
 """A value that is no further from its start has not moved."""
 METRICS = "metrics.csv"
+BASE_LABEL = "base"
+"""What the untouched model is called."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,6 @@ def read_runs(arguments: Sequence[str]) -> tuple[LabelledRun, ...]:
             "of its own: LABEL=FOLDER."
         )
     return runs
-
-
-BASE_LABEL = "base"
-"""What the untouched model is called."""
 
 
 def _split(argument: str) -> tuple[str, Path]:
