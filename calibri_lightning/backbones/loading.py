@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from calibri_lightning.backbones.alignment import align
 from calibri_lightning.backbones.quantisation import Quantization, quantization_config
 from calibri_lightning.errors import UserError
 
@@ -237,6 +238,7 @@ def load_network(folder: Path, name: str, network: Any, dtype: torch.dtype, quan
             "config.json, or have "
             f"them in another shape: {', '.join(wrong[:3])}. {fix}"
         )
+    align(loaded)
     return loaded
 
 

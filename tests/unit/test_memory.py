@@ -264,7 +264,7 @@ def test_encoders_that_come_and_go_are_not_moved_with_the_model() -> None:
 def test_slicing_decodes_the_same_and_tiling_nearly() -> None:
     latents = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = make().decode(latents)
-    torch.testing.assert_close(make(vae_slicing=True).decode(latents), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(make(vae_slicing=True).decode(latents), expected, atol=5e-6, rtol=0)
     tiled = make(vae_tiling=True)
     assert tiled.pipeline.vae.use_tiling
     assert torch.equal(tiled.decode(latents), expected), "the picture is no larger than a tile"
