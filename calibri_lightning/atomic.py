@@ -36,6 +36,25 @@ def replacing(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def keep_copy(path: Path, copy: Path) -> None:
+    """Gives a file's present content a second name, whatever is put in its place later.
+
+    Args:
+        path: The file; where there is none, nothing happens.
+        copy: The second name, in the same folder; an older file of that name is replaced.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if not path.is_file():
+        return
+    with replacing(copy) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:  # not every file system knows hard links
+            shutil.copyfile(path, temporary)
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes the rename itself durable, where the system knows how to."""
     with suppress(OSError):

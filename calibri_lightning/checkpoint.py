@@ -1,27 +1,31 @@
-"""When a checkpoint is written, how it reaches the disk and comes back, and how a run that was cut off goes on."""
+"""When a checkpoint is written, and how it reaches the disk and comes back."""
 
 from __future__ import annotations
 
 import io
-import signal
-import sys
 import zipfile
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.callbacks import Checkpoint
 
-from calibri_lightning.atomic import replacing
+from calibri_lightning.atomic import keep_copy, replacing
 from calibri_lightning.errors import UserError
+from calibri_lightning.ranks import print_once
 from calibri_lightning.resume import KEY
+
+LAST = "last.ckpt"
+"""The newest checkpoint of a run."""
+PREVIOUS = "previous.ckpt"
+"""The one before it, for the case that the newest turns out to be damaged."""
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, and says in one sentence why one cannot be written or read."""
+    """Writes checkpoints whole or not at all, keeps the one before, and says why one cannot be written or read."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint; the one that was there before stays until the new one is on the disk.
@@ -44,6 +48,8 @@ class CheckpointFiles(TorchCheckpointIO):
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as temporary:
                 temporary.write_bytes(buffer.getvalue())
+                if target.name == LAST:
+                    keep_copy(target, target.with_name(PREVIOUS))
         except OSError as error:
             raise UserError(
                 f"The checkpoint cannot be written to {target} ({error.strerror or error}). Free space, or choose "
@@ -51,7 +57,7 @@ class CheckpointFiles(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint; nothing is ever unpickled.
+        """Reads a checkpoint; nothing is ever unpickled. Where the newest of a run is damaged, the one before is read.
 
         Args:
             path: The file.
@@ -65,10 +71,25 @@ class CheckpointFiles(TorchCheckpointIO):
             UserError: If there is no such file, or it is no checkpoint of this package.
         """
         check_exists(path)
-        if "://" not in str(path) and not zipfile.is_zipfile(path):
+        try:
+            return self._load(path, map_location)
+        except UserError as error:
+            previous = Path(str(path)).with_name(PREVIOUS)
+            if Path(str(path)).name != LAST or not previous.is_file():
+                raise
+            found = None
+            with suppress(UserError):
+                found = self._load(previous, map_location)
+            if found is None:
+                raise
+            print_once(f"warning: {error} The run goes on from {previous}, the checkpoint before it.")
+            return found
+
+    def _load(self, path: Any, map_location: Any) -> dict[str, Any]:
+        if "://" not in str(path) and not is_whole(Path(path)):
             raise UserError(
-                f"{path} is no checkpoint, or it is cut short. --ckpt_path takes the checkpoints/last.ckpt of a run; a "
-                "calibration.json goes to --model.init_from."
+                f"{path} is no checkpoint, or it is damaged or cut short. --ckpt_path takes the checkpoints/last.ckpt "
+                "of a run; a calibration.json goes to --model.init_from."
             )
         try:
             found = super().load_checkpoint(path, map_location or _to_cpu, weights_only=True)
@@ -84,6 +105,23 @@ class CheckpointFiles(TorchCheckpointIO):
                 "to --model.init_from."
             )
         return found
+
+
+def is_whole(path: Path) -> bool:
+    """Compares a checkpoint with its checksums, which torch writes and does not look at again.
+
+    Args:
+        path: The file.
+
+    Returns:
+        False where it is damaged, cut short, or something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    # A damaged directory surfaces in many ways.
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, zlib.error):
+        return False
 
 
 def _to_cpu(storage: Any, location: str) -> Any:
@@ -107,24 +145,44 @@ def check_exists(path: Any) -> None:
         )
 
 
-class RunCheckpoint(ModelCheckpoint):
+class RunCheckpoint(Checkpoint):
     """Writes checkpoints/last.ckpt after every training step, and again after a validation: neither is repeated."""
 
     def __init__(self) -> None:
-        super().__init__(filename="last", every_n_train_steps=1, save_top_k=1, enable_version_counter=False)
+        self.path = Path()
+        """Where the checkpoint is, once a stage has begun."""
 
-    @property
-    def path(self) -> Path:
-        """Where the checkpoint is."""
-        return Path(str(self.dirpath)) / "last.ckpt"
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Finds the place.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Unused.
+            stage: Unused.
+        """
+        # All ranks at once: the trainer broadcasts the folder whenever it is asked for.
+        self.path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / LAST
 
     def save(self, trainer: Any) -> None:
-        """Writes the checkpoint.
+        """Writes the checkpoint; all ranks call.
 
         Args:
             trainer: The trainer.
         """
-        trainer.save_checkpoint(self.path, self.save_weights_only)
+        if not trainer.fast_dev_run:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Writes the checkpoint of a finished training step.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Unused.
+            outputs: Unused.
+            batch: Unused.
+            batch_idx: Unused.
+        """
+        self.save(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the checkpoint again, which now knows the best vector.
@@ -135,13 +193,6 @@ class RunCheckpoint(ModelCheckpoint):
         """
         if trainer.state.fn == "fit":
             self.save(trainer)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Forgets what the resumed run had written: its files are not ours to remove.
-
-        Args:
-            state_dict: Unused.
-        """
 
 
 def run_checkpoint(trainer: Any) -> RunCheckpoint | None:
@@ -154,36 +205,3 @@ def run_checkpoint(trainer: Any) -> RunCheckpoint | None:
         The callback; None where checkpoints are turned off.
     """
     return next((c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), None)
-
-
-class ResumeHint(Callback):
-    """Knows, after a run was cut off, how to go on."""
-
-    def __init__(self) -> None:
-        self.exit_code: int | None = None
-        """That of a run ended by a signal: 130 for Ctrl+C, 143 for SIGTERM, as shells and schedulers know them."""
-        self.text = ""
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Notes what happened and where the last checkpoint is.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module; its strategy says what a step is called.
-            exception: What ended the run.
-        """
-        if isinstance(exception, KeyboardInterrupt):
-            self.exit_code = 128 + signal.SIGINT
-        elif isinstance(exception, SIGTERMException):
-            self.exit_code = 128 + signal.SIGTERM
-        checkpoint = run_checkpoint(trainer)
-        if trainer.state.fn != "fit" or not trainer.is_global_zero or checkpoint is None:
-            return
-        if checkpoint.path.is_file():
-            step = pl_module.strategy.words.step
-            self.text = f"To go on from the last finished {step}, add --ckpt_path {checkpoint.path}"
-
-    def print(self) -> None:
-        """Prints it, if there is something to go on from."""
-        if self.text:
-            print(self.text, file=sys.stderr)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
-from lightning.fabric.plugins import CheckpointIO
+from jsonargparse.typing import NonNegativeFloat
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from calibri_lightning.checkpoint import CheckpointFiles, ResumeHint, RunCheckpoint, check_exists
+from calibri_lightning.checkpoint import CheckpointFiles, RunCheckpoint, check_exists
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
+from calibri_lightning.launch.agreement import flat, require_agreement, require_shared, versions
+from calibri_lightning.launch.guard import PATIENCE, RankGuard
+from calibri_lightning.launch.pulse import StopRequested
+from calibri_lightning.launch.rendezvous import meet
+from calibri_lightning.launch.restart import AUTO, is_restart, newest_checkpoint
+from calibri_lightning.launch.stopping import RunEnd
+from calibri_lightning.launch.watch import EXIT_CODE
 from calibri_lightning.module import PROMPT_PARTS, CalibriModule
 from calibri_lightning.naming import explain
 from calibri_lightning.prompts import check_source
@@ -79,7 +87,12 @@ class RunConfig(SaveConfigCallback):
         Raises:
             UserError: If the folder holds another fit.
         """
+        fix = "Start the same command from the same files on all machines."
+        require_agreement(trainer, "versions", versions(), "Install the same on all machines (constraints.txt).")
+        settings = {name: value for name, value in self.config.as_dict().items() if name != "config"}
+        require_agreement(trainer, "settings", flat(settings), fix)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
+        require_shared(trainer, folder)
         there = trainer.strategy.broadcast((folder / self.config_filename).is_file())
         if there and stage == "fit" and not self.already_saved and not self.config.get("ckpt_path"):
             raise UserError(
@@ -103,6 +116,12 @@ class CalibriCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="calibri", help="Folder of the runs under default_root_dir.")
         parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="Test on data.test, where given, when fit ends."
+        )
+        parser.add_argument(
+            "--rank_timeout",
+            type=NonNegativeFloat,
+            default=PATIENCE,
+            help="Seconds without progress after which a rank counts as hung and all ranks end; 0 for never.",
         )
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
@@ -145,11 +164,26 @@ class CalibriCLI(LightningCLI):
         # What draws pictures without scoring them needs no servers.
         for name, reward in rewards_of(config["model"]) if self.subcommand != "predict" else ():
             check_reward(getattr(reward, "reward", None) or name, getattr(reward, "options", None))
+        root = config["trainer"]["default_root_dir"] or "."
+        if config.get("ckpt_path") == AUTO or (self.subcommand == "fit" and is_restart()):
+            self._go_on(Path(str(root)) / config["name"])
         if config.get("ckpt_path"):
             check_exists(config["ckpt_path"])
-        root = config["trainer"]["default_root_dir"] or "."
         if "://" not in str(root):
             _check_writable(Path(str(root)))
+
+    def _go_on(self, folder: Path) -> None:
+        """Takes the newest checkpoint of the run's name, of whatever attempt; what was given, where there is none."""
+        config = self.config[self.subcommand]
+        folder = folder if config["trainer"]["logger"] is not False else folder.parent
+        found = newest_checkpoint(folder)
+        if found is not None:
+            print_once(f"Going on from {found}")
+            config["ckpt_path"] = str(found)
+        elif config.get("ckpt_path") == AUTO:
+            if self.subcommand != "fit":
+                raise UserError(f"--ckpt_path is auto, and there is no whole checkpoint under {folder}. Give a path.")
+            config["ckpt_path"] = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds TensorBoard and CSV logs, unless others are configured, and a checkpoint after every generation.
@@ -165,6 +199,9 @@ class CalibriCLI(LightningCLI):
         """
         config = self.config_init[self.subcommand]
         trainer = config["trainer"]
+        for callback in self.trainer_defaults["callbacks"]:
+            if isinstance(callback, RankGuard):
+                callback.patience = config["rank_timeout"]
         if trainer["logger"] in (None, True) and not trainer["fast_dev_run"]:
             board = TensorBoardLogger(trainer["default_root_dir"], name=config["name"], default_hp_metric=False)
             # The same folder; CSVLogger would otherwise number its own.
@@ -175,6 +212,9 @@ class CalibriCLI(LightningCLI):
         plugins = _as_list(trainer["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFiles()]
+        if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            # Its handler of signals would save in the middle of a step and requeue by itself; `RunEnd` does it better.
+            kwargs["plugins"] = [*kwargs.get("plugins", plugins), SLURMEnvironment(auto_requeue=False)]
         if trainer["enable_checkpointing"] is not False:
             kwargs["callbacks"] = [*_as_list(trainer["callbacks"]), RunCheckpoint()]
         try:
@@ -228,7 +268,7 @@ def parse_fit(arguments: Sequence[str]) -> dict[str, Any]:
         All settings by name, nested; classes as class_path and init_args.
     """
     quieten()
-    return dict(_start(["fit", *arguments], ResumeHint(), _ParsingCLI).config["fit"].as_dict())
+    return dict(_start(["fit", *arguments], RunEnd(), RankGuard(), _ParsingCLI).config["fit"].as_dict())
 
 
 def run(
@@ -244,45 +284,66 @@ def run(
         module: What is run, for commands that do something else than fit and test with it.
 
     Returns:
-        Exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when terminated.
+        Exit code: 0, 2 for a user's mistake, 75 for the end of another rank, 130 when interrupted, 143 on SIGTERM, 138
+        on SIGUSR1.
     """
     quieten()
-    hint = ResumeHint()
+    end, guard = RunEnd(), RankGuard()
     try:
-        _start(arguments, hint, cli, module)
+        guard = RankGuard(meet())
     except UserError as error:
         print_once(f"error: {error}")
-        hint.print()
         return 2
-    except MisconfigurationException as error:
-        print_once(f"error: the trainer refuses its arguments: {error}")
-        return 2
-    except OSError as error:
+    outcome: BaseException | None = None
+    try:
+        _start(arguments, end, guard, cli, module)
+    except BaseException as error:
+        outcome = error
+    code, message = _judge(outcome, end, guard)
+    guard.leave(code, message)
+    if message:
+        print_once(message)
+    if code:
+        end.print_hint()
+    if code == _CRASH and outcome is not None:
+        raise outcome
+    return code
+
+
+_CRASH = 1
+
+
+def _judge(error: BaseException | None, end: RunEnd, guard: RankGuard) -> tuple[int, str]:
+    """Turns what ended a run into an exit code and a message; 1 for what nobody foresaw."""
+    if error is None:
+        return 0, ""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, MisconfigurationException):
+        return 2, f"error: the trainer refuses its arguments: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    # --help, the parser's errors, and the answers to Ctrl+C and other signals
+    if isinstance(error, SystemExit | StopRequested):
+        if end.exit_code is not None:
+            return end.exit_code, "interrupted"
+        code = 128 + error.number if isinstance(error, StopRequested) else error.code
+        return code if isinstance(code, int) else int(code is not None), ""
+    if (other := guard.follows(error)) is not None:
+        return EXIT_CODE, f"error: {other}"
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        print_once(
+        return 2, (
             f"error: {where}{error.strerror or error}. The run could not read or write a file: free space, or choose a "
             "folder that you may write to with --trainer.default_root_dir."
         )
-        hint.print()
-        return 2
-    except SystemExit as stop:  # --help, the parser's errors, and Lightning's answers to Ctrl+C and SIGTERM
-        if hint.exit_code is not None:
-            print("interrupted", file=sys.stderr)
-            hint.print()
-            return hint.exit_code
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BaseException:
-        hint.print()
-        raise
-    return 0
+    return _CRASH, ""
 
 
 def _start(
     arguments: Sequence[str],
-    hint: ResumeHint,
+    end: RunEnd,
+    guard: RankGuard,
     cli: Callable[..., CalibriCLI] = CalibriCLI,
     module: type[CalibriModule] = CalibriModule,
 ) -> CalibriCLI:
@@ -291,7 +352,7 @@ def _start(
         PromptData,
         save_config_callback=RunConfig,
         seed_everything_default=0,
-        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [hint]},
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [end, guard]},
         auto_configure_optimizers=False,
         parser_class=OneMessageParser,
         parser_kwargs={"prog": "calibri_lightning"},

@@ -17,15 +17,18 @@ from calibri_lightning.adapters.policy import LIVE, Policy
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble, ready_network
 from calibri_lightning.backbones import Backbone
-from calibri_lightning.calibration import load_start
+from calibri_lightning.calibration import fingerprint, load_start, weights_digest
 from calibri_lightning.checkpoint import run_checkpoint
 from calibri_lightning.conditions import Conditions
 from calibri_lightning.engine import Engine
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.progress import GenerationStats
 from calibri_lightning.evaluation.summary import Budget
+from calibri_lightning.launch.agreement import require_agreement
+from calibri_lightning.launch.pulse import Pulse
 from calibri_lightning.preflight import check_negatives, check_precision
-from calibri_lightning.prompts import Prompt, PromptBatch, fingerprint
+from calibri_lightning.prompts import Prompt, PromptBatch
+from calibri_lightning.prompts import fingerprint as prompts_digest
 from calibri_lightning.report import RunReport
 from calibri_lightning.resume import restore_run, save_run
 from calibri_lightning.rewards import RewardConfig, RewardSet
@@ -123,6 +126,7 @@ class CalibriModule(LightningModule):
         self.last_generation: GenerationStats | None = None
         self.trace = Trace()
         self.resumed_step: int | None = None
+        self.pulse = Pulse()
         self.run_dir = Path()
         self.starts_from = parse_start(init_from)
         self.adapter = ready_network(backbone.transformer, self.starts_from, strategy.trains, lora, merge_adapter, seed)
@@ -177,7 +181,7 @@ class CalibriModule(LightningModule):
             "weight_mode": self.layout.weight_mode,
             "pictures a unit (model.rows_per_forward)": self.engine.evaluator.cells_per_unit,
             **({"compiled blocks": "yes"} if self.engine.compiles else {}),
-            "validation prompts": fingerprint(validation)[:12] if validation else "none",
+            "validation prompts": prompts_digest(validation)[:12] if validation else "none",
         }
 
     @property
@@ -207,10 +211,23 @@ class CalibriModule(LightningModule):
         # All ranks at once: the trainer broadcasts the folder whenever it is asked for.
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         check_precision(self.trainer.precision)
+        self._require_agreement()
         for part in PARTS[stage]:
             check_negatives(self.layout.members, f"data.{part}", self._prompts(part))
             if part != "predict":
                 self.rewards.check(self._prompts(part))
+
+    def _require_agreement(self) -> None:
+        """Compares what all ranks have loaded."""
+        model = fingerprint(self.backbone.transformer)
+        facts = {
+            "the model's shapes": model.sites_hash,
+            "the model's weights": weights_digest(self.backbone.transformer, with_adapter=True),
+            "what the run starts from": self.start_theta.tobytes().hex(),
+            **{f"data.{part}": prompts_digest(self._prompts(part)) for part in PROMPT_PARTS},
+        }
+        fix = "Copy the same files to all machines, or put them where all can read them."
+        require_agreement(self.trainer, "files", facts, fix)
 
     def _start_stage(self) -> None:
         """Settles what a stage needs of the device; by now a checkpoint has been read."""
@@ -260,7 +277,17 @@ class CalibriModule(LightningModule):
         ranks = (trainer.global_rank, trainer.world_size)
         with self.policy.using(weights):
             answer = self.engine.evaluator.evaluate(
-                thetas, prompts, seeds, num_steps or self.num_steps, cells, *ranks, self.gather, done, known, held_out
+                thetas,
+                prompts,
+                seeds,
+                num_steps or self.num_steps,
+                cells,
+                *ranks,
+                self.gather,
+                done,
+                known,
+                held_out,
+                beat=self.pulse.beat,
             )
         self.spend(answer.num_images, answer.num_forwards, time.monotonic() - started)
         return answer
@@ -285,7 +312,8 @@ class CalibriModule(LightningModule):
         Returns:
             The vectors in the order of the ranks.
         """
-        gathered = self.all_gather(torch.from_numpy(values).to(self.device))
+        with self.pulse.waiting():
+            gathered = self.all_gather(torch.from_numpy(values).to(self.device))
         assert isinstance(gathered, Tensor)
         # Lightning drops the world dimension on one process.
         return list(gathered.reshape(self.trainer.world_size, -1).cpu().numpy())

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 PATIENCE = timedelta(seconds=5)
 """How long a rank waits for another one to print what that one undertook to print."""
+AGENT = "CALIBRI_LIGHTNING_AGENT"
+"""Environment variable: address and port of torchrun's store, once the ranks have met in one of their own."""
+MEETING = "CALIBRI_LIGHTNING_MEETING"
+"""Environment variable: where the ranks have met, which tells one start of a launch from the next."""
 
 
 def print_once(message: str) -> None:
@@ -30,8 +34,8 @@ def print_once(message: str) -> None:
         message: The message.
     """
     store = _launchers_store()
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"calibri_lightning/{restarts}/{hashlib.sha256(message.encode()).hexdigest()}"
+    start = os.environ.get(MEETING, "") + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"calibri_lightning/{start}/{hashlib.sha256(message.encode()).hexdigest()}"
     if store is not None and _another_printed(store, key):
         return
     print(message, file=sys.stderr, flush=True)
@@ -41,11 +45,12 @@ def print_once(message: str) -> None:
 
 
 def _launchers_store() -> TCPStore | None:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not distributed.is_available():
+    lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not (lent or AGENT in os.environ) or not distributed.is_available():
         return None
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return distributed.TCPStore(address, port, is_master=False, timeout=PATIENCE)
+        address, _, port = os.environ.get(AGENT, "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)).rpartition(":")
+        return distributed.TCPStore(address, int(port), is_master=False, timeout=PATIENCE)
     except (KeyError, ValueError, RuntimeError):
         return None
 

@@ -14,6 +14,7 @@ from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from calibri_lightning.arrays import Cells, Floats
+from calibri_lightning.launch.pulse import Pulse
 from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.rewards.blend import Blend
 from calibri_lightning.sampling.grid import Cell, Evaluation, UnitResult, cut_units
@@ -74,6 +75,7 @@ class FakeModule(LightningModule):
         self.judged_by = {"num_steps": 4}
         self.validates = True
         self.blend = Blend(())
+        self.pulse = Pulse()
         self.strategy, self.run_dir, self.noise = strategy, run_dir, noise
         self.kill_after, self.break_cells, self.score = kill_after, break_cells, score or self.truth
         self.seed, self.num_steps = 7, 8

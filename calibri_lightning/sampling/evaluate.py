@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.errors import UserError
+from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
 from calibri_lightning.sampling.overlap import Behind
@@ -87,6 +88,7 @@ class Evaluator:
         known: NDArray[np.float64] | None = None,
         held_out: bool = False,
         seen: Callable[[tuple[Cell, ...], Tensor], None] | None = None,
+        beat: Callable[[str], None] | None = None,
     ) -> Evaluation:
         """Scores candidates on prompts; they share each slot's prompt and noise (common random numbers).
 
@@ -106,12 +108,14 @@ class Evaluator:
             held_out: Whether the rewards that are held out are asked, too; their values are NaN otherwise.
             seen: Called on this rank with the cells and the pictures of each of its units, in order, before they are
                 scored; in the thread that draws.
+            beat: Told before each of this rank's units what comes next; may raise `StopRequested`.
 
         Returns:
             Rewards and costs, the same on all ranks.
 
         Raises:
             UserError: If a reward fails, here or on another rank.
+            StopRequested: On all ranks, once all have stopped, if `beat` raised it on one.
         """
         shape = (len(thetas), len(prompts))
         wanted = np.ones(shape, dtype=bool) if cells is None else cells
@@ -121,7 +125,10 @@ class Evaluator:
         grid = Grid.empty(self.rewards.names, shape)
         failure: Exception | None = None
         try:
-            self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size], grid, done, held_out, seen)
+            mine = todo[rank::world_size]
+            self._score(thetas, prompts, seeds, num_steps, units, mine, grid, done, held_out, seen, beat)
+        except StopRequested as stop:
+            grid.stop = stop.number
         except Exception as error:
             # The other ranks wait in `gather`: they are told before this one stops.
             failure = error
@@ -134,6 +141,8 @@ class Evaluator:
             raise failure
         if grid.failed:
             raise UserError("Scoring failed on another rank, whose own message says why. Fix that and run again.")
+        if grid.stop:
+            raise StopRequested(grid.stop)
         fresh = [cell for index in todo for cell in units[index]]
         for cell in fresh:
             rewards[cell] = grid.values[0][cell]
@@ -181,6 +190,7 @@ class Evaluator:
         done: Callable[[UnitResult], None] | None,
         held_out: bool,
         seen: Callable[[tuple[Cell, ...], Tensor], None] | None,
+        beat: Callable[[str], None] | None,
     ) -> None:
         """Makes and scores this rank's units, in order, into the grid."""
         rows = self._rows(thetas)
@@ -196,6 +206,8 @@ class Evaluator:
 
         with Behind(self.backbone.device, self.num_scoring) as behind:
             for index in mine:
+                if beat is not None:
+                    beat(f"drawing unit {index + 1} of {len(units)}")
                 images, num_forwards = self._draw(units[index], rows, prompts, seeds, num_steps, behind.wait)
                 if seen is not None:
                     seen(units[index], images)

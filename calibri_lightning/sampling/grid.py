@@ -67,7 +67,7 @@ def cut_units(cells: NDArray[np.bool_], cells_per_unit: int) -> tuple[tuple[Cell
 
 @dataclass
 class Grid:
-    """Results of one rank, or of all, as they travel: [1 + R, K, S] values and three numbers."""
+    """Results of one rank, or of all, as they travel: [1 + R, K, S] values and a few numbers."""
 
     values: NDArray[np.float64]
     """Combined reward, then every reward and extra metric; NaN where there is none."""
@@ -77,6 +77,8 @@ class Grid:
     num_forwards: int = 0
     failed: bool = False
     """Whether scoring raised."""
+    stop: int = 0
+    """The signal that asked for a stop in the middle; 0 for none."""
 
     @classmethod
     def empty(cls, names: Sequence[str], shape: tuple[int, int]) -> Grid:
@@ -107,7 +109,7 @@ class Grid:
 
     def pack(self) -> NDArray[np.float64]:
         """Lays everything out as one vector, to be sent; see `unpack`."""
-        return np.concatenate([[self.num_images, self.num_forwards, self.failed], self.values.ravel()])
+        return np.concatenate([[self.num_images, self.num_forwards, self.failed, self.stop], self.values.ravel()])
 
     @classmethod
     def unpack(cls, packed: NDArray[np.float64], names: Sequence[str], shape: tuple[int, int]) -> Grid:
@@ -121,8 +123,8 @@ class Grid:
         Returns:
             The grid.
         """
-        values = np.asarray(packed[3:]).reshape(1 + len(names), *shape)
-        return cls(values, tuple(names), int(packed[0]), int(packed[1]), bool(packed[2]))
+        values = np.asarray(packed[4:]).reshape(1 + len(names), *shape)
+        return cls(values, tuple(names), int(packed[0]), int(packed[1]), bool(packed[2]), int(packed[3]))
 
     @classmethod
     def merge(cls, parts: Sequence[Grid], owners: Mapping[Cell, int]) -> Grid:
@@ -141,4 +143,5 @@ class Grid:
         merged.num_images = sum(part.num_images for part in parts)
         merged.num_forwards = sum(part.num_forwards for part in parts)
         merged.failed = any(part.failed for part in parts)
+        merged.stop = max(part.stop for part in parts)
         return merged

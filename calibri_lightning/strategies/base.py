@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from calibri_lightning.adapters.policy import Policy
     from calibri_lightning.calibration.scales import Layout
     from calibri_lightning.engine import Engine
+    from calibri_lightning.launch.pulse import Pulse
     from calibri_lightning.prompts import Prompt, PromptBatch
     from calibri_lightning.rewards import RewardSet
     from calibri_lightning.rewards.blend import Blend
@@ -65,6 +66,7 @@ class CalibratedModule(Protocol):
     watch: Watch
     theta: nn.Parameter
     answer: Candidate
+    pulse: Pulse
 
     @property
     def start(self) -> Candidate:

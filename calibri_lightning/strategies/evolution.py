@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from calibri_lightning.arrays import Floats, means
 from calibri_lightning.errors import UserError
+from calibri_lightning.launch.agreement import require_same_bits
 from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
 from calibri_lightning.strategies.history import History, Settings, check_same, digest_candidates, numerics
@@ -142,6 +143,9 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         assert self._generation is not None, "training_step before on_train_batch_start"
         assert self._ledger is not None
         judged = evaluate(self._core, self._ledger, module, batch, self._generation)
+        if module.trainer.world_size > 1:
+            bits = digest(self._generation.thetas.tobytes(), judged.rewards.tobytes())
+            require_same_bits(module.gather, f"rewards in generation {self._generation.number}", int(bits, 16))
         if judged.parts is not None:
             module.blend.learn(judged.parts)
         # Without an optimizer this steps Lightning's stand-in, which is what moves global_step and with it

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from calibri_lightning.arrays import means
 from calibri_lightning.errors import UserError
+from calibri_lightning.launch.agreement import checksum, require_same_bits
+from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.strategies.advantages import Advantages, advantages
 from calibri_lightning.strategies.base import CalibratedModule
 from calibri_lightning.strategies.groups import Slots, parts
@@ -138,6 +140,9 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         if worth.mask.any():
             self._update(module, slots, rollout, worth, record)
             self.after_updates(module)
+            if module.trainer.world_size > 1:
+                bits = checksum(module.policy.parameters().values())
+                require_same_bits(module.gather, f"parameters after step {self.steps}", bits)
         # Without an optimizer of the trainer's this steps Lightning's stand-in, which is what moves global_step, once a
         # training step; it counts only inside training_step (lightning 2.6.6, issue #20674).
         module.optimizers().step()
@@ -190,6 +195,7 @@ class PolicyStrategy(PolicyRun, Generic[T]):
             with self._together(module):
                 for index in (index for index in share if index in rollout.kept):
                     unit = rollout.units[index]
+                    module.pulse.beat(f"training on unit {index + 1} of {len(rollout.units)}")
                     here = slice(unit.start, unit.stop)
                     work = UnitWork(slots, unit, rollout.kept[index], values[here], mask[here], count, not taken)
                     self.backward(module, work, record)
@@ -207,8 +213,11 @@ class PolicyStrategy(PolicyRun, Generic[T]):
     def _together(self, module: CalibratedModule) -> Iterator[None]:
         """Stops all ranks where one fails: the others would wait for its gradients for ever."""
         failure: Exception | None = None
+        stop = 0
         try:
             yield
+        except StopRequested as request:
+            stop = request.number
         except torch.OutOfMemoryError as error:
             failure = UserError(
                 f"The backward pass of {self._unit_size(module)} pictures does not fit into memory. Lower "
@@ -217,11 +226,14 @@ class PolicyStrategy(PolicyRun, Generic[T]):
             failure.__cause__ = error
         except Exception as error:
             failure = error
-        failed = any(part[0] for part in module.gather(np.array([float(failure is not None)])))
+        gathered = np.stack(module.gather(np.array([float(failure is not None), float(stop)])))
+        failed, stop = gathered.max(axis=0)
         if failure is not None:
             raise failure
         if failed:
             raise UserError("Training failed on another rank; its own message says why. Fix that and run again.")
+        if stop:
+            raise StopRequested(int(stop))
 
     def _publish(
         self,

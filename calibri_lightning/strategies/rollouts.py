@@ -14,6 +14,7 @@ from torch import Tensor
 from calibri_lightning.arrays import Floats
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.diversity import pixel_distance, thumbnails
+from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Grid, UnitResult
 from calibri_lightning.sampling.overlap import Behind
@@ -76,6 +77,7 @@ def roll_out_units(
 
     Raises:
         UserError: If a reward fails, here or on another rank, or a unit does not fit into memory.
+        StopRequested: If a rank was asked to stop; on all of them.
     """
     trainer, evaluator = module.trainer, module.engine.evaluator
     units, shape = slots.units(unit_size), (1, len(slots.prompts))
@@ -96,6 +98,7 @@ def roll_out_units(
     try:
         with Behind(evaluator.backbone.device, evaluator.num_scoring) as behind, torch.no_grad():
             for index in mine:
+                module.pulse.beat(f"drawing unit {index + 1} of {len(units)}")
                 drawn = draw(units[index])
                 images = evaluator.backbone.decode(drawn.latents)
                 behind.submit(partial(score, index, images), partial(finish, drawn.num_forwards))
@@ -107,6 +110,8 @@ def roll_out_units(
             "and trained on whole, so it is not cut smaller by itself: lower strategy.pictures_per_unit."
         )
         failure.__cause__ = error
+    except StopRequested as stop:
+        grid.stop = stop.number
     except Exception as error:
         failure = error
     # The other ranks wait in `gather`: they are told before this one stops.
@@ -117,6 +122,8 @@ def roll_out_units(
         raise failure
     if grid.failed:
         raise UserError("Another rank could not make its pictures; its own message says why. Fix that and run again.")
+    if grid.stop:
+        raise StopRequested(grid.stop)
     each = dict(zip(grid.names, grid.values[1:, 0], strict=True))
     spread = each.pop(_DIVERSITY)
     diversity = float(spread[np.isfinite(spread)].mean()) if np.isfinite(spread).any() else np.nan

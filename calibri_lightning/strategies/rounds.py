@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -110,7 +110,9 @@ def on_rank_zero(trainer: Trainer, work: Callable[[], _T]) -> _T:
         except UserError as error:
             failure = error
     message = str(failure) if failure is not None else None
-    result, message = trainer.strategy.broadcast((result, message))
+    module: Any = trainer.lightning_module
+    with module.pulse.waiting():
+        result, message = trainer.strategy.broadcast((result, message))
     if message is not None:
         raise UserError(message) from failure
     return cast(_T, result)

@@ -114,7 +114,7 @@ def _calibration(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_truncate, ["no checkpoint, or it is cut short"]),
+        (_truncate, ["is no checkpoint, or it is damaged or cut short"]),
         (_foreign, ["no checkpoint of calibri_lightning"]),
         (_calibration, ["no checkpoint", "calibration.json goes to"]),
     ],

@@ -68,6 +68,7 @@ def test_max_seconds_ends_and_counts_the_earlier_parts(tmp_path: Path) -> None:
     module = FakeModule(later, tmp_path)
     trainer = quiet_trainer(tmp_path, max_steps=9)
     module._trainer = trainer
+    trainer.strategy.connect(module)
     later._prepare(module)
     assert later._budget is not None
     assert later._budget.over(0) is not None
