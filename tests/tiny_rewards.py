@@ -16,8 +16,8 @@ KILL_AT = "TINY_REWARDS_KILL_AT"
 """Environment variable: the process is killed (SIGKILL) at the start of this call, counted from 1."""
 INTERRUPT_AT = "TINY_REWARDS_INTERRUPT_AT"
 """Environment variable: this call raises KeyboardInterrupt, as Ctrl+C does."""
-TERMINATE_AT = "TINY_REWARDS_TERMINATE_AT"
-"""Environment variable: this call sends the process SIGTERM, as schedulers do before they kill."""
+SIGNAL_AT = "TINY_REWARDS_SIGNAL_AT"
+"""Environment variable, such as "SIGTERM 3": this call sends the process that signal, as schedulers do."""
 
 RAISE_AT = "TINY_REWARDS_RAISE_AT"
 """Environment variable: this call of `raises_at` raises."""
@@ -33,8 +33,9 @@ def redness(images: Tensor, prompts: Sequence[object]) -> Tensor:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == int(os.environ.get(INTERRUPT_AT, 0)):
             raise KeyboardInterrupt
-        if number == int(os.environ.get(TERMINATE_AT, 0)):
-            os.kill(os.getpid(), signal.SIGTERM)
+        name, at = os.environ.get(SIGNAL_AT, "SIGTERM 0").split()
+        if number == int(at):
+            os.kill(os.getpid(), signal.Signals[name])
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 

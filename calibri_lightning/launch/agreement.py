@@ -155,7 +155,7 @@ def require_shared(trainer: Any, folder: Path) -> None:
     assert token is not None
     there = not problem and _appears(token)
     every = _gather(trainer, json.dumps([there, platform.node()]))
-    if trainer.global_rank == 0:
+    if trainer.global_rank == 0 and not problem:
         token.unlink(missing_ok=True)
     if problem:
         raise UserError(

@@ -57,10 +57,11 @@ class _Watched:
     def waits(self) -> bool:
         return self.sign is not None and self.sign.reading.waiting
 
-    def describe(self, rank: int) -> str:
+    def describe(self, rank: int, patience: float) -> str:
         if self.sign is None:
             return f"Rank {rank} has not started"
-        lives = "makes no progress; it is" if self.quiet < self.still else "gives no sign of life, and was"
+        # Who lives gives a sign every few seconds.
+        lives = "makes no progress; it is" if self.quiet < patience / 2 else "gives no sign of life, and was"
         return f"Rank {rank} ({self.sign.where}) {lives} {self.sign.reading.stage}"
 
 
@@ -129,7 +130,7 @@ class RankWatch(threading.Thread):
             seconds = max(watched.quiet, 0.0 if watched.waits else watched.still)
             if seconds > self.patience:
                 return (
-                    f"{watched.describe(rank)}, for {seconds:.0f} s now. All ranks end; the last checkpoint is intact. "
+                    f"{watched.describe(rank, self.patience)}, for {seconds:.0f} s now. All ranks end; the last checkpoint is intact. "
                     "Look at that machine and at what the rank waits for (a reward server, a disk, a GPU), and start "
                     "again with --ckpt_path auto. If a step may take that long, raise --rank_timeout."
                 )

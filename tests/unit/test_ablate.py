@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_rewards import CALLS, TERMINATE_AT, redness
+from tiny_rewards import CALLS, SIGNAL_AT, redness
 from tiny_runs import CMA, VAL, Capture, TinyRuns, forked
 from torch import nn
 
@@ -214,7 +214,7 @@ def test_the_files_hold_what_the_evaluator_gives_and_a_cut_study_goes_on(
 
     # A scheduler's SIGTERM ends it between two prompts, and it goes on as after a kill.
     cut, calls = runs.folder / "cut", runs.folder / "calls"
-    stopped = {CALLS: str(calls), TERMINATE_AT: "2"}
+    stopped = {CALLS: str(calls), SIGNAL_AT: "SIGTERM 2"}
     [code] = forked([[*words[:-1], str(cut)]], [stopped], runs.folder / "log")
     assert code == 143
     assert len(calls.read_text().splitlines()) == 2

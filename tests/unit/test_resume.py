@@ -180,19 +180,28 @@ def test_resume_on_another_fine_tune_of_the_model_is_refused(
     assert runs("fit", "b", f"--model.init_from={path}", other) == 0, "a calibration may move to a fine-tune"
 
 
-@pytest.mark.parametrize(("variable", "code"), [(tiny_rewards.INTERRUPT_AT, 130), (tiny_rewards.TERMINATE_AT, 143)])
+@pytest.mark.parametrize(
+    ("variable", "value", "code"),
+    [
+        (tiny_rewards.INTERRUPT_AT, "9", 130),
+        (tiny_rewards.SIGNAL_AT, "SIGTERM 9", 143),
+        (tiny_rewards.SIGNAL_AT, "SIGUSR1 9", 138),
+    ],
+)
 def test_interrupt_says_how_to_go_on(
     runs: TinyRuns,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     counted: Path,
     variable: str,
+    value: str,
     code: int,
 ) -> None:
     whole = runs.fit("whole", STEPS)
+    total = calls(counted)
     counted.unlink()
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setenv(variable, "9")
+    monkeypatch.setenv(variable, value)
     assert runs("fit", "cut", STEPS) == code
     signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
     monkeypatch.delenv(variable)
@@ -202,6 +211,9 @@ def test_interrupt_says_how_to_go_on(
     assert f"--ckpt_path {last(cut)}" in error
     resumed = runs.fit("cut", STEPS, f"--ckpt_path={last(cut)}")
     assert content(resumed) == content(whole)
+    if variable == tiny_rewards.SIGNAL_AT:
+        # Validation prompts in the middle are scored anew; a unit of a generation that was begun is finished and kept.
+        assert calls(counted) <= total + blocks(counted)[0][1]
 
 
 def test_ledger_of_a_run_is_readable_json_lines(runs: TinyRuns) -> None:

@@ -1,0 +1,122 @@
+"""A run that is started again finds by itself where it was, and a damaged checkpoint costs one step."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import tiny_rewards
+import torch
+from run_files import checkpoint, last
+from tiny_runs import Capture, TinyRuns, forked
+
+from calibri_lightning.checkpoint import LAST, PREVIOUS, CheckpointFiles, is_whole
+from calibri_lightning.errors import UserError
+from calibri_lightning.launch.restart import newest_checkpoint
+from calibri_lightning.resume import KEY
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+STEPS = ("--trainer.max_steps=3", "--data.val=null")
+
+
+def content(path: Path) -> bytes:
+    return (path / "calibration.json").read_bytes()
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def test_auto_goes_on_from_the_newest_checkpoint(
+    runs: TinyRuns, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tiny_rewards.CALLS, str(tmp_path / "calls"))
+    whole = runs.fit("whole", *STEPS)
+    total = len((tmp_path / "calls").read_text().splitlines())
+    (tmp_path / "calls").unlink()
+    words = runs.arguments("fit", "cut", *STEPS, "--ckpt_path=auto")
+    for at in (2, total // 2):  # in the first generation, of which there is no checkpoint; and in a later one
+        (tmp_path / "calls").unlink(missing_ok=True)
+        assert forked([words], [{tiny_rewards.KILL_AT: str(at)}], tmp_path / "log") == [-signal.SIGKILL]
+    capsys.readouterr()
+    resumed = runs.fit("cut", *STEPS, "--ckpt_path=auto")
+    assert f"Going on from {runs.folder / 'cut' / 'version_1' / 'checkpoints' / LAST}" in capsys.readouterr().err
+    assert content(resumed) == content(whole)
+
+
+def test_restarts_of_torchrun_go_on_as_auto_does(
+    runs: TinyRuns, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tiny_rewards.CALLS, str(tmp_path / "calls"))
+    whole = runs.fit("whole", *STEPS)
+    total = len((tmp_path / "calls").read_text().splitlines())
+    (tmp_path / "calls").unlink()
+    killed = {tiny_rewards.KILL_AT: str(total)}
+    assert forked([runs.arguments("fit", "cut", *STEPS)], [killed], tmp_path / "log") == [-signal.SIGKILL]
+    cut = runs.latest("cut")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert content(runs.fit("fresh", *STEPS)) == content(whole), "nothing to go on from: from the beginning"
+    capsys.readouterr()
+    assert content(runs.fit("cut", *STEPS)) == content(whole)
+    assert f"Going on from {last(cut)}" in capsys.readouterr().err
+
+
+def test_auto_without_a_run_to_test_is_refused(runs: TinyRuns, capsys: Capture) -> None:
+    assert runs("test", "nothing", "--ckpt_path=auto") == 2
+    assert "no whole checkpoint under" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs: TinyRuns, capsys: Capture) -> None:
+    whole = runs.fit("whole", *STEPS)
+    path = runs.fit("cut", *STEPS)
+    before = last(path).with_name(PREVIOUS)
+    assert torch.load(before, weights_only=True)["global_step"] == checkpoint(path)["global_step"] == 3
+    damage(last(path))
+    assert not is_whole(last(path))
+    capsys.readouterr()
+    resumed = runs.fit("cut", *STEPS, f"--ckpt_path={last(path)}")
+    assert f"goes on from {before}" in capsys.readouterr().err
+    assert content(resumed) == content(whole)
+    damage(before)
+    assert runs("fit", "cut", *STEPS, f"--ckpt_path={last(path)}") == 2
+    error = capsys.readouterr().err
+    assert f"{last(path)} is no checkpoint, or it is damaged" in error
+    assert newest_checkpoint(path.parent) is None
+
+
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    files, path = CheckpointFiles(), tmp_path / LAST
+    files.save_checkpoint({KEY: {}, "state_dict": {"theta": torch.arange(300.0)}}, path)
+    whole = path.read_bytes()
+    at = whole.index(torch.arange(300.0).numpy().tobytes())
+    for place in range(at, at + 1200, 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 128]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="damaged or cut short"):
+            files.load_checkpoint(path)
+    for length in range(0, len(whole), 211):
+        path.write_bytes(whole[:length])
+        assert not is_whole(path)
+
+
+def test_the_newest_attempt_that_got_somewhere_is_found(tmp_path: Path) -> None:
+    files = CheckpointFiles()
+    assert newest_checkpoint(tmp_path / "none") is None
+    for number in (0, 2, 10):
+        folder = tmp_path / f"version_{number}" / "checkpoints"
+        for step in (1, 2):
+            files.save_checkpoint({KEY: {}, "state_dict": {}, "global_step": 100 * number + step}, folder / LAST)
+    (tmp_path / "version_11").mkdir()
+    (tmp_path / "version_old" / "checkpoints").mkdir(parents=True)
+
+    def step() -> int:
+        found = newest_checkpoint(tmp_path)
+        assert found is not None
+        return int(files.load_checkpoint(found)["global_step"])
+
+    assert step() == 1002
+    damage(tmp_path / "version_10" / "checkpoints" / LAST)
+    assert step() == 1001
+    (tmp_path / "version_10" / "checkpoints" / PREVIOUS).unlink()
+    assert step() == 202
