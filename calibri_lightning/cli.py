@@ -22,12 +22,12 @@ from calibri_lightning.checkpoint import CheckpointFiles, RunCheckpoint, check_e
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
 from calibri_lightning.launch.agreement import flat, require_agreement, require_shared, versions
-from calibri_lightning.launch.guard import PATIENCE, RankGuard
+from calibri_lightning.launch.guard import RankGuard
 from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.launch.rendezvous import meet
 from calibri_lightning.launch.restart import AUTO, is_restart, newest_checkpoint
 from calibri_lightning.launch.stopping import RunEnd
-from calibri_lightning.launch.watch import EXIT_CODE
+from calibri_lightning.launch.watch import EXIT_CODE, PATIENCE
 from calibri_lightning.module import PROMPT_PARTS, CalibriModule
 from calibri_lightning.naming import explain
 from calibri_lightning.prompts import check_source
@@ -300,7 +300,7 @@ def run(
     except BaseException as error:
         outcome = error
     code, message = _judge(outcome, end, guard)
-    guard.leave(code, message)
+    guard.leave(code, message or repr(outcome))
     if message:
         print_once(message)
     if code:

@@ -98,7 +98,9 @@ def refused(runs: TinyRuns, capsys: Capture, *flags: str, command: str = "fit", 
     return next(line for line in captured.err.splitlines() if line.startswith("error:"))
 
 
-def forked(arguments: list[list[str]], environments: list[Mapping[str, str]], log: Path) -> list[int | None]:
+def forked(
+    arguments: list[list[str]], environments: list[Mapping[str, str]], log: Path, stopped: int | None = None
+) -> list[int | None]:
     """Runs the program once for each environment, at the same time, in forked processes that may kill themselves.
 
     A fork has imported everything already, which a fresh process would take ten seconds for.
@@ -107,6 +109,7 @@ def forked(arguments: list[list[str]], environments: list[Mapping[str, str]], lo
         arguments: Arguments of each process.
         environments: Added to the environment of each.
         log: Where their output goes.
+        stopped: The process that stops itself (SIGSTOP); it is killed when the others have ended.
 
     Returns:
         Exit codes; -9 after SIGKILL.
@@ -118,7 +121,9 @@ def forked(arguments: list[list[str]], environments: list[Mapping[str, str]], lo
     ]
     for process in processes:
         process.start()
-    for process in processes:
+    for process in sorted(processes, key=lambda process: stopped is not None and process is processes[stopped]):
+        if stopped is not None and process is processes[stopped]:
+            process.kill()
         process.join(timeout=120)
         if process.is_alive():
             process.kill()

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from calibri_lightning.launch.watch import EXIT_CODE, GRACE, RankWatch, failed_rank, tell_failure
+from calibri_lightning.launch.watch import EXIT_CODE, GRACE, PATIENCE, RankWatch, failed_rank, tell_failure
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
     from calibri_lightning.launch.rendezvous import Meeting
 
-PATIENCE = 1800.0
-"""Default of --rank_timeout, seconds: longer than any unit of pictures should take."""
 _ANSWER = timedelta(seconds=20)
 """How long the store may take for an answer."""
 

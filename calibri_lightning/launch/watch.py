@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 EXIT_CODE = 75
 """Of a rank that ends because of another one; "temporary failure" in sysexits.h: start it again."""
+PATIENCE = 1800.0
+"""Default of --rank_timeout, seconds: longer than any unit of pictures should take."""
 GRACE = 10.0
 """Seconds that a rank has to end by itself after another one has failed."""
 
@@ -73,7 +75,7 @@ class RankWatch(threading.Thread):
         rank: This rank.
         world_size: Number of ranks.
         patience: Seconds without progress after which a rank counts as hung; 0 to report nothing.
-        interval: Seconds between two looks.
+        interval: Seconds between two looks; by default 2, and less where the patience is short.
         give_up: Called with the message when ranks hang or one has failed; by default it prints the message and ends
             the process, which may be stuck where no exception reaches it.
     """
@@ -84,7 +86,7 @@ class RankWatch(threading.Thread):
         rank: int,
         world_size: int,
         patience: float,
-        interval: float = 2.0,
+        interval: float | None = None,
         give_up: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__(name="calibri-watch", daemon=True)
@@ -96,18 +98,19 @@ class RankWatch(threading.Thread):
 
     def run(self) -> None:
         """Looks, until the run is over."""
-        while not self._over.wait(self._interval):
+        while not self._over.is_set():
             try:
                 problem = self._look()
                 self._silence.seconds(self._ticks)
             except Exception:  # torch reports a store that is gone with one of several classes
                 silent = self._silence.seconds("gone")
-                if silent < max(self.patience, GRACE):
-                    continue
                 problem = f"Rank 0, at which the ranks meet, has not answered for {silent:.0f} s. All ranks end."
+                if silent < max(self.patience, GRACE):
+                    problem = None
             if problem is not None and not self._over.is_set():
                 self._give_up(problem)
                 return
+            self._over.wait(self._interval or min(2.0, (self.patience or PATIENCE) / 10))
 
     def stop(self) -> None:
         """Ends the watch."""
@@ -130,9 +133,10 @@ class RankWatch(threading.Thread):
             seconds = max(watched.quiet, 0.0 if watched.waits else watched.still)
             if seconds > self.patience:
                 return (
-                    f"{watched.describe(rank, self.patience)}, for {seconds:.0f} s now. All ranks end; the last checkpoint is intact. "
-                    "Look at that machine and at what the rank waits for (a reward server, a disk, a GPU), and start "
-                    "again with --ckpt_path auto. If a step may take that long, raise --rank_timeout."
+                    f"{watched.describe(rank, self.patience)}, for {seconds:.0f} s now. All ranks end; the last "
+                    "checkpoint is intact. Look at that machine and at what the rank waits for (a reward server, a "
+                    "disk, a GPU), and start again with --ckpt_path auto. If a step may take that long, raise "
+                    "--rank_timeout."
                 )
         least = min(watched.still for watched in self._ranks)
         if least > self.patience:

@@ -142,7 +142,7 @@ class PolicyStrategy(PolicyRun, Generic[T]):
             self.after_updates(module)
             if module.trainer.world_size > 1:
                 bits = checksum(module.policy.parameters().values())
-                require_same_bits(module.gather, f"parameters after step {self.steps}", bits)
+                require_same_bits(module.gather, f"parameters after step {self.steps + 1}", bits)
         # Without an optimizer of the trainer's this steps Lightning's stand-in, which is what moves global_step, once a
         # training step; it counts only inside training_step (lightning 2.6.6, issue #20674).
         module.optimizers().step()

@@ -22,11 +22,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
 DDP = ("--trainer.devices=2", "--trainer.strategy=ddp")
 
 
-def two(runs: TinyRuns, tmp_path: Path, command: str, name: str, *flags: str) -> Path:
-    """Runs a command on two ranks that has to succeed; its folder."""
-    words = runs.arguments(command, name, *DDP, *flags)
-    codes = forked([words, words], rank_environments(2), tmp_path / "log")
-    assert codes == [0, 0], (tmp_path / "log").read_text()
+def two(runs: TinyRuns, tmp_path: Path, command: str, name: str, *flags: str, ranks: int = 2) -> Path:
+    """Runs a command on two ranks, or more, that has to succeed; its folder."""
+    words = runs.arguments(command, name, *DDP, f"--trainer.devices={ranks}", *flags)
+    codes = forked([words] * ranks, rank_environments(ranks), tmp_path / "log")
+    assert codes == [0] * ranks, (tmp_path / "log").read_text()
     assert len(list((runs.folder / name).iterdir())) == 1, "the ranks share one folder"
     return runs.latest(name)
 
@@ -51,6 +51,17 @@ def test_two_ranks_deliver_the_bytes_of_one(runs: TinyRuns, tmp_path: Path, stra
     }
     for rank in (0, 1):
         assert (pair / "ledger" / f"units.rank{rank}.jsonl").stat().st_size, f"rank {rank} did work"
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [(PAIRS, 3), (CMA, 3), (CMA, 7)], ids=["pairs-3", "cma-3", "cma-7"])
+def test_any_number_of_ranks_delivers_the_bytes_of_one(
+    runs: TinyRuns, tmp_path: Path, strategy: tuple[str, ...], ranks: int
+) -> None:
+    """Numbers that divide neither the candidates nor the units; of seven ranks some have nothing to do."""
+    one = runs.fit("one", *strategy)
+    several = two(runs, tmp_path, "fit", "several", *strategy, ranks=ranks)
+    assert (several / "calibration.json").read_bytes() == (one / "calibration.json").read_bytes()
+    assert column(several, "val/mean") == column(one, "val/mean")
 
 
 def test_ranks_agree_on_automatic_rows(runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
