@@ -25,6 +25,7 @@ from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, 
 from calibri_lightning.sampling.overlap import Behind
 from calibri_lightning.sampling.rollout import Samples
 from calibri_lightning.sampling.rows import check_rows
+from calibri_lightning.sampling.sharing import owner_of, share_of
 
 if TYPE_CHECKING:
     from calibri_lightning.backbones.base import Backbone
@@ -50,6 +51,7 @@ class Evaluator:
         rewards: RewardSet,
         rows_per_forward: int,
         overlap_scoring: bool = True,
+        balance_over: int = 1,
     ) -> None:
         """Joins a model, its scales and its rewards.
 
@@ -62,6 +64,7 @@ class Evaluator:
                 last bits of the rewards; where memory runs out, units are sampled in parts.
             overlap_scoring: Whether units are scored in other threads while the next is sampled, as many at a time as
                 the rewards can serve; no result depends on it.
+            balance_over: Number of ranks among which every request is shared evenly; it fixes the units, too.
 
         Raises:
             UserError: If rows_per_forward is below the number of members.
@@ -70,7 +73,7 @@ class Evaluator:
         check_rows(rows_per_forward, num_members)
         self.backbone, self.attachment, self.layout, self.rewards = backbone, attachment, layout, rewards
         self.overlap_scoring = overlap_scoring
-        self.cells_per_unit = rows_per_forward // num_members
+        self.cells_per_unit, self.balance_over = rows_per_forward // num_members, balance_over
         self._most_cells = self.cells_per_unit
 
     def evaluate(
@@ -96,7 +99,7 @@ class Evaluator:
             seeds: Noise seed of each slot.
             num_steps: Sampling steps.
             cells: Which cells to score, bool [K, S]; all by default.
-            rank: This process, 0 .. world_size - 1; it does every world_size-th unit.
+            rank: This process, 0 .. world_size - 1; `sharing.share_of` says what it does.
             world_size: Number of processes, all of which call this with the same request.
             gather: Exchanges results; needed when world_size exceeds 1.
             done: Called on this rank after each of its units, before the next one is scored; in the scoring thread.
@@ -115,20 +118,21 @@ class Evaluator:
         """
         shape = (len(thetas), len(prompts))
         wanted = np.ones(shape, dtype=bool) if cells is None else cells
-        units = cut_units(wanted, self.cells_per_unit)
+        units = cut_units(wanted, self.cells_per_unit, self.balance_over)
         rewards = np.full(shape, np.nan) if known is None else np.where(wanted, known, np.nan)
         todo = [i for i, unit in enumerate(units) if any(np.isnan(rewards[cell]) for cell in unit)]
         grid = Grid.empty(self.rewards.names, shape)
         failure: Exception | None = None
         try:
-            self._score(thetas, prompts, seeds, num_steps, units, todo[rank::world_size], grid, done, held_out, seen)
+            mine = share_of(todo, rank, world_size)
+            self._score(thetas, prompts, seeds, num_steps, units, mine, grid, done, held_out, seen)
         except Exception as error:
             # The other ranks wait in `gather`: they are told before this one stops.
             failure = error
             grid.failed = True
         if world_size > 1:
             assert gather is not None, "more than one rank needs a gather"
-            owners = {cell: i % world_size for i, index in enumerate(todo) for cell in units[index]}
+            owners = {cell: owner_of(i, world_size) for i, index in enumerate(todo) for cell in units[index]}
             grid = Grid.merge([Grid.unpack(part, self.rewards.names, shape) for part in gather(grid.pack())], owners)
         if failure is not None:
             raise failure
@@ -166,7 +170,7 @@ class Evaluator:
         """
         wanted = np.ones((len(thetas), len(prompts)), dtype=bool) if cells is None else cells
         rows = self._rows(thetas)
-        for unit in cut_units(wanted, self.cells_per_unit)[rank::world_size]:
+        for unit in share_of(cut_units(wanted, self.cells_per_unit, self.balance_over), rank, world_size):
             yield unit, middle_frame(self._draw(unit, rows, prompts, seeds, num_steps)[0])
 
     def _score(

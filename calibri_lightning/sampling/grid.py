@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from calibri_lightning.sampling.sharing import unit_sizes
 
 
 class Cell(NamedTuple):
@@ -49,20 +52,22 @@ class Evaluation:
     """Transformer forwards over all ranks, counted in rows (one picture, one member, one step)."""
 
 
-def cut_units(cells: NDArray[np.bool_], cells_per_unit: int) -> tuple[tuple[Cell, ...], ...]:
-    """Cuts the requested cells, slot by slot, into units of equal size (the last may be smaller).
+def cut_units(cells: NDArray[np.bool_], cells_per_unit: int, balance_over: int = 1) -> tuple[tuple[Cell, ...], ...]:
+    """Cuts the requested cells, slot by slot, into units.
 
     Slot-major order puts candidates of one prompt side by side: their prompt is encoded and moved once.
 
     Args:
         cells: Requested cells, bool [K, S].
-        cells_per_unit: Pictures in a unit.
+        cells_per_unit: Most pictures of a unit.
+        balance_over: Number of ranks among which they are to be shared evenly; see `sharing.unit_sizes`.
 
     Returns:
         The units.
     """
     ordered = [Cell(int(k), int(s)) for s, k in np.argwhere(cells.T)]
-    return tuple(tuple(ordered[i : i + cells_per_unit]) for i in range(0, len(ordered), cells_per_unit))
+    ends = list(accumulate(unit_sizes(len(ordered), cells_per_unit, balance_over)))
+    return tuple(tuple(ordered[start:end]) for start, end in pairwise([0, *ends]))
 
 
 @dataclass

@@ -64,6 +64,24 @@ def test_ranks_agree_on_automatic_rows(runs: TinyRuns, tmp_path: Path, monkeypat
     assert "4 rows a forward" in (tmp_path / "log").read_text()
 
 
+def test_balanced_units_of_two_ranks_deliver_the_bytes_of_one(runs: TinyRuns, tmp_path: Path) -> None:
+    flags = ("--trainer.max_steps=2", "--model.rows_per_forward=10", "--model.balance_over=2")
+    one = runs.fit("one", *flags)
+    pair = two(runs, tmp_path, "fit", "two", *flags)
+    assert (pair / "calibration.json").read_bytes() == (one / "calibration.json").read_bytes()
+    for rank in (0, 1):
+        units = [json.loads(line) for line in (pair / "ledger" / f"units.rank{rank}.jsonl").read_text().splitlines()]
+        assert [len(unit["cells"]) for unit in units if "cells" in unit] == [4, 4], "8 pictures a generation"
+    assert "will be idle" not in (tmp_path / "log").read_text()
+
+
+def test_a_launch_whose_ranks_would_wait_is_told_once_what_to_set(runs: TinyRuns, tmp_path: Path) -> None:
+    two(runs, tmp_path, "fit", "two", "--trainer.max_steps=1", "--data.val=null", "--model.rows_per_forward=16")
+    log = (tmp_path / "log").read_text()
+    assert log.count("50% of the time of 2 processes will be idle") == 1
+    assert "--model.balance_over=2 it is 0%" in log
+
+
 def test_table_and_pictures_of_two_ranks_are_those_of_one(runs: TinyRuns, tmp_path: Path) -> None:
     start = runs.fit("start", *CMA, "--data.val=null")
     flags = (f"--model.init_from={start}", "--data.predict_prompts=[a red circle, a blue square, a green circle]")

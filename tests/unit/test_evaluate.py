@@ -22,6 +22,7 @@ from calibri_lightning.rewards.jpeg import JpegIncompressibility
 from calibri_lightning.sampling.evaluate import Evaluator
 from calibri_lightning.sampling.grid import Cell, Evaluation, UnitResult, cut_units
 from calibri_lightning.sampling.noise import noise_seed
+from calibri_lightning.sampling.sharing import loads
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
 K, STEPS = 4, 2
@@ -49,9 +50,12 @@ def backbone() -> SD3:
 def make(backbone: SD3) -> Iterator[Callable[..., Evaluator]]:
     attachment = attach(backbone.transformer, find_sites(backbone.transformer))
 
-    def build(*rewards: tuple[FunctionReward, float], rows: int = 6, members: str = "cfg") -> Evaluator:
+    def build(
+        *rewards: tuple[FunctionReward, float], rows: int = 6, members: str = "cfg", balance_over: int = 1
+    ) -> Evaluator:
         layout = build_layout(attachment.sites, "gate", members, 3.0)
-        return Evaluator(backbone, attachment, layout, RewardSet.of(*(rewards or REWARDS)), rows)
+        chosen = RewardSet.of(*(rewards or REWARDS))
+        return Evaluator(backbone, attachment, layout, chosen, rows, balance_over=balance_over)
 
     yield build
     attachment.detach()
@@ -123,6 +127,38 @@ def test_rewards_are_the_same_bits_on_any_number_of_ranks(make: Callable[..., Ev
             assert isinstance(result, Evaluation), result
             assert same_bits(result, alone)
             assert (result.num_images, result.num_forwards) == (alone.num_images, alone.num_forwards)
+
+
+def test_balanced_units_are_shared_evenly_and_give_the_same_bits_on_any_number_of_ranks(
+    make: Callable[..., Evaluator],
+) -> None:
+    evaluator = make(balance_over=6)
+    points = thetas(evaluator.layout)
+    ledger: list[UnitResult] = []
+    alone = evaluator.evaluate(points, PROMPTS, SEEDS, STEPS, done=ledger.append)
+    sizes = [len(unit.cells) for unit in ledger]
+    assert sizes == [2] * 8 + [1] * 4, "20 pictures, at most 3 a unit: the least multiple of 6 is 12"
+    for world_size in (2, 3, 4, 6):
+        done: list[list[UnitResult]] = [[] for _ in range(world_size)]
+        results = run_ranks(
+            world_size,
+            lambda rank, gather, w=world_size, done=done: evaluator.evaluate(
+                points, PROMPTS, SEEDS, STEPS, rank=rank, world_size=w, gather=gather, done=done[rank].append
+            ),
+        )
+        assert all(isinstance(result, Evaluation) and same_bits(result, alone) for result in results)
+        made = [sum(len(unit.cells) for unit in units) for units in done]
+        assert tuple(made) == loads(sizes, world_size)
+        if 6 % world_size == 0:
+            assert max(made) == -(-K * S // world_size)
+
+
+def test_pictures_that_are_drawn_are_cut_as_those_that_are_scored(make: Callable[..., Evaluator]) -> None:
+    evaluator = make(balance_over=7)
+    points, ledger = thetas(evaluator.layout), list[UnitResult]()
+    evaluator.evaluate(points, PROMPTS, SEEDS, STEPS, done=ledger.append)
+    drawn = [unit for unit, _ in evaluator.images(points, PROMPTS, SEEDS, STEPS)]
+    assert drawn == [unit.cells for unit in ledger]
 
 
 def test_a_grid_equals_its_cells_one_by_one(make: Callable[..., Evaluator]) -> None:
