@@ -62,6 +62,11 @@ class Engine:
         return self._evaluator
 
     @property
+    def at_once(self) -> int | None:
+        """Pictures that are sampled at once, fewer than a unit has where memory ran out; None before rows are known."""
+        return None if self._evaluator is None else self._evaluator.at_once
+
+    @property
     def guided(self) -> bool:
         """Whether a member sees the negative prompt."""
         return any(member.prompt == "negative" for member in self.layout.members)

@@ -74,7 +74,7 @@ class Evaluator:
         self.backbone, self.attachment, self.layout, self.rewards = backbone, attachment, layout, rewards
         self.overlap_scoring = overlap_scoring
         self.cells_per_unit, self.balance_over = rows_per_forward // num_members, balance_over
-        self._most_cells = self.cells_per_unit
+        self._most_cells = self._agreed = self.cells_per_unit
 
     def evaluate(
         self,
@@ -130,12 +130,15 @@ class Evaluator:
             # The other ranks wait in `gather`: they are told before this one stops.
             failure = error
             grid.failed = True
+        grid.at_once, all_at_once = self._most_cells, [self._most_cells]
         if world_size > 1:
             assert gather is not None, "more than one rank needs a gather"
             owners = {cell: owner_of(i, world_size) for i, index in enumerate(todo) for cell in units[index]}
-            grid = Grid.merge([Grid.unpack(part, self.rewards.names, shape) for part in gather(grid.pack())], owners)
+            parts = [Grid.unpack(part, self.rewards.names, shape) for part in gather(grid.pack())]
+            grid, all_at_once = Grid.merge(parts, owners), [part.at_once for part in parts]
         if failure is not None:
             raise failure
+        self._agree(all_at_once, rank)
         if grid.failed:
             raise UserError("Scoring failed on another rank, whose own message says why. Fix that and run again.")
         fresh = [cell for index in todo for cell in units[index]]
@@ -143,6 +146,30 @@ class Evaluator:
             rewards[cell] = grid.values[0][cell]
         each = dict(zip(self.rewards.names, grid.values[1:], strict=True))
         return Evaluation(rewards, each, grid.num_images, grid.num_forwards)
+
+    def _agree(self, at_once: Sequence[int], rank: int) -> None:
+        """Samples as few pictures at once as the rank that can take the fewest: ranks wait for each other anyway."""
+        short = [number for number, count in enumerate(at_once) if count < self._agreed]
+        if short:
+            self.sample_at_most(min(at_once))
+            if rank == 0:
+                ranks = ", ".join(map(str, short))
+                _log.warning(
+                    "Out of memory on rank %s: all ranks sample %d pictures at once from now on.", ranks, self._agreed
+                )
+
+    @property
+    def at_once(self) -> int:
+        """Pictures that are sampled at once: those of a unit, or fewer where memory has run out."""
+        return self._agreed
+
+    def sample_at_most(self, pictures: int) -> None:
+        """Samples units in parts from now on.
+
+        Args:
+            pictures: Most pictures of a part, at least 1; more than are sampled at once now changes nothing.
+        """
+        self._most_cells = self._agreed = min(pictures, self._agreed)
 
     def images(
         self,
@@ -274,7 +301,6 @@ class Evaluator:
                     "Choose a smaller picture, dtype bfloat16, or a larger device."
                 ) from cause
             self._most_cells = (min(self._most_cells, len(unit)) + 1) // 2
-            _log.warning("Out of memory: sampling %d pictures at a time from now on.", self._most_cells)
 
     def _sample(
         self,

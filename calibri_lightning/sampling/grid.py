@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from calibri_lightning.sampling.sharing import unit_sizes
 
+_HEADER = 4
+"""Numbers that travel before the values."""
+
 
 class Cell(NamedTuple):
     """One picture of the grid."""
@@ -72,7 +75,7 @@ def cut_units(cells: NDArray[np.bool_], cells_per_unit: int, balance_over: int =
 
 @dataclass
 class Grid:
-    """Results of one rank, or of all, as they travel: [1 + R, K, S] values and three numbers."""
+    """Results of one rank, or of all, as they travel: [1 + R, K, S] values and four numbers."""
 
     values: NDArray[np.float64]
     """Combined reward, then every reward and extra metric; NaN where there is none."""
@@ -82,6 +85,8 @@ class Grid:
     num_forwards: int = 0
     failed: bool = False
     """Whether scoring raised."""
+    at_once: int = 0
+    """Pictures that this rank can sample at once, of all ranks the fewest; 0 where nothing bounds them."""
 
     @classmethod
     def empty(cls, names: Sequence[str], shape: tuple[int, int]) -> Grid:
@@ -112,7 +117,8 @@ class Grid:
 
     def pack(self) -> NDArray[np.float64]:
         """Lays everything out as one vector, to be sent; see `unpack`."""
-        return np.concatenate([[self.num_images, self.num_forwards, self.failed], self.values.ravel()])
+        header = [self.num_images, self.num_forwards, self.failed, self.at_once]
+        return np.concatenate([header, self.values.ravel()])
 
     @classmethod
     def unpack(cls, packed: NDArray[np.float64], names: Sequence[str], shape: tuple[int, int]) -> Grid:
@@ -126,8 +132,8 @@ class Grid:
         Returns:
             The grid.
         """
-        values = np.asarray(packed[3:]).reshape(1 + len(names), *shape)
-        return cls(values, tuple(names), int(packed[0]), int(packed[1]), bool(packed[2]))
+        values = np.asarray(packed[_HEADER:]).reshape(1 + len(names), *shape)
+        return cls(values, tuple(names), int(packed[0]), int(packed[1]), bool(packed[2]), int(packed[3]))
 
     @classmethod
     def merge(cls, parts: Sequence[Grid], owners: Mapping[Cell, int]) -> Grid:
@@ -146,4 +152,5 @@ class Grid:
         merged.num_images = sum(part.num_images for part in parts)
         merged.num_forwards = sum(part.num_forwards for part in parts)
         merged.failed = any(part.failed for part in parts)
+        merged.at_once = min((part.at_once for part in parts if part.at_once), default=0)
         return merged

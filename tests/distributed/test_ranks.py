@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_rewards
@@ -16,6 +18,8 @@ from run_files import checkpoint, column, last
 from tiny_runs import CMA, OFFICIAL, PAIRS, TinyRuns, forked, rank_environments
 
 from calibri_lightning import engine
+from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.grid import Cell
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
 
@@ -120,6 +124,39 @@ def test_kill_on_two_ranks_resumes_on_one(runs: TinyRuns, tmp_path: Path, monkey
     assert (resumed / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
     # Of the 9 units 3 + 1 were finished: the first generation, and rank 0's first unit of the second.
     assert len((tmp_path / "calls").read_text().splitlines()) == 9 - 4
+
+
+def test_memory_that_runs_out_on_one_rank_halves_the_forwards_of_all(
+    runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the next request on, and in a run that is resumed."""
+    sample = Evaluator._sample
+
+    def limited(self: Evaluator, unit: Sequence[Cell], *rest: Any) -> Any:
+        rank = os.environ.get("LOCAL_RANK", "alone")
+        if rank == "1" and len(unit) > 2:
+            raise torch.OutOfMemoryError("the smaller device")
+        with (tmp_path / f"sizes{rank}").open("a") as file:
+            file.write(f"{len(unit)} ")
+        return sample(self, unit, *rest)
+
+    monkeypatch.setattr(Evaluator, "_sample", limited)
+    flags = ("--data.val=null", "--model.rows_per_forward=6")
+    pair = two(runs, tmp_path, "fit", "two", *flags, "--trainer.max_steps=2")
+    # Units of 3, 3 and 2 pictures a generation.
+    assert (tmp_path / "sizes0").read_text().split() == ["3", "2", "2", "1", "2"]
+    assert (tmp_path / "sizes1").read_text().split() == ["2", "1", "2", "1"]
+    assert checkpoint(pair)["calibri_lightning"]["at_once"] == 2
+    runs.fit("two", *flags, "--trainer.max_steps=3", f"--ckpt_path={last(pair)}")
+    assert (tmp_path / "sizesalone").read_text().split() == ["2", "1", "2", "1", "2"]
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_no_bound(runs: TinyRuns) -> None:
+    path = last(runs.fit("a", "--data.val=null", "--trainer.max_steps=1"))
+    state = torch.load(path, weights_only=True)
+    del state["calibri_lightning"]["at_once"]
+    torch.save(state, path)
+    runs.fit("a", "--data.val=null", "--trainer.max_steps=2", f"--ckpt_path={path}")
 
 
 def test_error_on_one_rank_ends_all(runs: TinyRuns, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import FunctionReward, RewardError, RewardSet
 from calibri_lightning.rewards.jpeg import JpegIncompressibility
 from calibri_lightning.sampling.evaluate import Evaluator
-from calibri_lightning.sampling.grid import Cell, Evaluation, UnitResult, cut_units
+from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.sampling.sharing import loads
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
@@ -333,6 +333,70 @@ def test_out_of_memory_halves_what_is_sampled_at_once(
     limit = 1
     with pytest.raises(UserError, match="One picture of .* does not fit into the memory"):
         evaluator.evaluate(points, PROMPTS, SEEDS, STEPS)
+
+
+def test_a_grid_travels_and_ranks_join_theirs() -> None:
+    names, shape = ("a", "b"), (2, 3)
+    parts = [Grid.empty(names, shape) for _ in range(3)]
+    for rank, part in enumerate(parts):
+        cell = Cell(rank % 2, rank)
+        part.put(UnitResult(rank, 3, (cell,), np.array([rank]), {name: np.array([10 + rank]) for name in names}), 4)
+        part.at_once = 6 - rank
+    packed = [part.pack() for part in parts]
+    assert {vector.shape for vector in packed} == {(4 + 3 * 6,)}, "four numbers and the values"
+    read = [Grid.unpack(vector, names, shape) for vector in packed]
+    for part, copy in zip(parts, read, strict=True):
+        np.testing.assert_array_equal(part.values, copy.values)
+        kept = ("names", "num_images", "num_forwards", "failed", "at_once")
+        assert all(getattr(part, name) == getattr(copy, name) for name in kept)
+    whole = Grid.merge(read, {Cell(rank % 2, rank): rank for rank in range(3)})
+    assert [whole.values[0, rank % 2, rank] for rank in range(3)] == [0, 1, 2]
+    assert (whole.num_images, whole.num_forwards, whole.failed, whole.at_once) == (3, 12, False, 4)
+    # Where nothing bounds a rank, it has no say.
+    parts[2].at_once = 0
+    assert Grid.merge(parts, {}).at_once == 5
+    assert Grid.merge([Grid.empty(names, shape)], {}).at_once == 0
+
+
+def test_memory_that_runs_out_on_one_rank_is_everyones(
+    make: Callable[..., Evaluator], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = [make(rows=12) for _ in range(2)]
+    sizes: list[list[int]] = [[], []]
+
+    def limited(rank: int) -> Callable[..., object]:
+        sample = ranks[rank]._sample
+
+        def run(unit: Sequence[Cell], *rest: object) -> object:
+            if rank == 1 and len(unit) > 3:
+                raise torch.OutOfMemoryError("the smaller device")
+            sizes[rank].append(len(unit))
+            return sample(unit, *rest)
+
+        return run
+
+    for rank in range(2):
+        monkeypatch.setattr(ranks[rank], "_sample", limited(rank))
+    points = thetas(ranks[0].layout)
+
+    def ask() -> list[object]:
+        return run_ranks(
+            2,
+            lambda rank, gather: ranks[rank].evaluate(
+                points, PROMPTS, SEEDS, STEPS, rank=rank, world_size=2, gather=gather
+            ),
+        )
+
+    assert all(isinstance(result, Evaluation) for result in ask())
+    assert sizes == [[6, 6], [3, 3, 2]], "units of 6, 6, 6 and 2"
+    assert [evaluator.at_once for evaluator in ranks] == [3, 3]
+    [said] = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
+    assert said == "Out of memory on rank 1: all ranks sample 3 pictures at once from now on."
+    ask()
+    assert sizes == [[6, 6, 3, 3, 3, 3], [3, 3, 2, 3, 3, 2]]
+    assert len([record for record in caplog.records if "memory" in record.getMessage()]) == 1
+    ranks[0].sample_at_most(5)
+    assert ranks[0].at_once == 3, "what is more changes nothing"
 
 
 def test_too_few_rows_for_one_picture_are_refused(make: Callable[..., Evaluator]) -> None:
