@@ -40,6 +40,8 @@ class _Pass:
     """From the start that all ranks wait for to the end, which they reach together."""
     busy_seconds: float
     """Until its own units were done."""
+    cpu_seconds: float
+    """Of these, those in which it had a core."""
     num_pictures: int
     rewards: str
     """Digest of the rewards of all pictures."""
@@ -57,6 +59,9 @@ class Processes:
     """Over the fewest processes, inside each repetition."""
     idle_share: Spread
     """Share of the time of all processes in which they waited for the slowest."""
+    core_share: Spread
+    """Share of its busy time in which a process had a core, of the one with the least: 1 where nothing else runs and there
+    are cores enough."""
     loads: tuple[int, ...]
     """Pictures of each."""
 
@@ -113,16 +118,26 @@ def measure_processes(options: Options, world_sizes: Sequence[int]) -> tuple[Pro
 def _summarised(passes: Sequence[_Pass], world_sizes: Sequence[int], num_images: int) -> tuple[Processes, ...]:
     if len({one.rewards for one in passes}) != 1:
         raise UserError("The rewards depend on the number of processes, which they must not. Report this as a bug.")
-    timings, idle, loads = {}, {}, {}
+    timings, idle, cores, loads = {}, {}, {}, {}
     for world_size in world_sizes:
         by_rank = [[one for one in passes if (one.world_size, one.rank) == (world_size, r)] for r in range(world_size)]
         timings[world_size] = Timing(tuple(one.seconds for one in by_rank[0]))
         busy = np.array([[one.busy_seconds for one in rank] for rank in by_rank])
         idle[world_size] = Spread.of((1 - busy.mean(axis=0) / busy.max(axis=0)).tolist())
+        shares = np.array([[one.cpu_seconds / one.busy_seconds for one in rank] for rank in by_rank])
+        cores[world_size] = Spread.of(shares.min(axis=0).tolist())
         loads[world_size] = tuple(rank[0].num_pictures for rank in by_rank)
     first = timings[world_sizes[0]]
     return tuple(
-        Processes(w, timings[w], num_images / timings[w].median, timings[w].speedup_over(first), idle[w], loads[w])
+        Processes(
+            world_size=w,
+            timing=timings[w],
+            images_per_second=num_images / timings[w].median,
+            speedup=timings[w].speedup_over(first),
+            idle_share=idle[w],
+            core_share=cores[w],
+            loads=loads[w],
+        )
         for w in world_sizes
     )
 
@@ -160,27 +175,29 @@ def _timed(
     evaluator: Evaluator, bench: Workbench, rank: int, world_size: int, group: distributed.ProcessGroup
 ) -> _Pass:
     job, units = bench.job(bench.options.popsize), list[UnitResult]()
-    done_at = 0.0
+    done: tuple[float, float] | None = None
 
     def gather(packed: Floats) -> list[Floats]:
-        nonlocal done_at
-        done_at = time.perf_counter()
+        nonlocal done
+        done = time.perf_counter(), time.process_time()
         parts = [torch.empty(len(packed), dtype=torch.float64) for _ in range(world_size)]
         distributed.all_gather(parts, torch.from_numpy(packed), group=group)
         return [cast("Floats", part.numpy()) for part in parts]
 
     distributed.barrier(group=group)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     answer = evaluator.evaluate(
         job.thetas, job.prompts, job.seeds, job.num_steps, None, rank, world_size, gather, units.append
     )
-    ended = time.perf_counter()
+    ended = time.perf_counter(), time.process_time()
+    # One process alone has nobody to tell.
+    busy_until, cpu_until = done or ended
     return _Pass(
         world_size,
         rank,
-        seconds=ended - started,
-        # One process alone has nobody to tell.
-        busy_seconds=(done_at or ended) - started,
+        seconds=ended[0] - started,
+        busy_seconds=busy_until - started,
+        cpu_seconds=cpu_until - cpu_started,
         num_pictures=sum(len(unit.cells) for unit in units),
         rewards=hashlib.sha256(answer.rewards.tobytes()).hexdigest(),
     )

@@ -130,6 +130,7 @@ def test_real_processes_draw_what_the_simulation_says(capfd: pytest.CaptureFixtu
     assert two.loads == (8, 7), "4 units of 4, 4, 4 and 3"
     assert (one.speedup.median, one.idle_share.median) == (1, 0)
     assert 0 <= two.idle_share.median < 1
+    assert two.core_share.median > 0
 
 
 def test_command_prints_tables_and_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
