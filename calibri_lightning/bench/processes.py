@@ -60,8 +60,8 @@ class Processes:
     idle_share: Spread
     """Share of the time of all processes in which they waited for the slowest."""
     core_share: Spread
-    """Share of its busy time in which a process had a core, of the one with the least: 1 where nothing else runs and there
-    are cores enough."""
+    """Share of its busy time in which a process had a core, of the one with the least: 1 where nothing else runs and
+    there are cores enough."""
     loads: tuple[int, ...]
     """Pictures of each."""
 
