@@ -29,6 +29,9 @@ from calibri_lightning.sampling.grid import UnitResult
 if TYPE_CHECKING:
     from calibri_lightning.bench.options import Options
 
+QUIET = 0.97
+"""Share of its time in which a process must have a core to count as undisturbed."""
+
 
 @dataclass(frozen=True)
 class _Pass:
@@ -59,9 +62,13 @@ class Processes:
     """Over the fewest processes, inside each repetition."""
     idle_share: Spread
     """Share of the time of all processes in which they waited for the slowest."""
-    core_share: Spread
-    """Share of its busy time in which a process had a core, of the one with the least: 1 where nothing else runs and
-    there are cores enough."""
+    core_shares: tuple[float, ...]
+    """Of each repetition, share of its busy time in which a process had a core, of the one with the least: 1 where
+    nothing else runs and there are cores enough."""
+    num_quiet: int
+    """Repetitions in which every process of this number and of the fewest had a core all the time."""
+    quiet_speedup: Spread | None
+    """The speed-up in these; None where there are none."""
     loads: tuple[int, ...]
     """Pictures of each."""
 
@@ -125,21 +132,26 @@ def _summarised(passes: Sequence[_Pass], world_sizes: Sequence[int], num_images:
         busy = np.array([[one.busy_seconds for one in rank] for rank in by_rank])
         idle[world_size] = Spread.of((1 - busy.mean(axis=0) / busy.max(axis=0)).tolist())
         shares = np.array([[one.cpu_seconds / one.busy_seconds for one in rank] for rank in by_rank])
-        cores[world_size] = Spread.of(shares.min(axis=0).tolist())
+        cores[world_size] = shares.min(axis=0)
         loads[world_size] = tuple(rank[0].num_pictures for rank in by_rank)
-    first = timings[world_sizes[0]]
-    return tuple(
-        Processes(
-            world_size=w,
-            timing=timings[w],
-            images_per_second=num_images / timings[w].median,
-            speedup=timings[w].speedup_over(first),
-            idle_share=idle[w],
-            core_share=cores[w],
-            loads=loads[w],
+    fewest, found = world_sizes[0], []
+    for w in world_sizes:
+        quiet = np.flatnonzero(np.minimum(cores[fewest], cores[w]) >= QUIET)
+        ratios = np.array(timings[fewest].seconds)[quiet] / np.array(timings[w].seconds)[quiet]
+        found.append(
+            Processes(
+                world_size=w,
+                timing=timings[w],
+                images_per_second=num_images / timings[w].median,
+                speedup=timings[w].speedup_over(timings[fewest]),
+                idle_share=idle[w],
+                core_shares=tuple(cores[w].tolist()),
+                num_quiet=len(quiet),
+                quiet_speedup=Spread.of(ratios.tolist()) if len(quiet) else None,
+                loads=loads[w],
+            )
         )
-        for w in world_sizes
-    )
+    return tuple(found)
 
 
 def _work(rank: int, count: int, folder: Path, options: Options, world_sizes: tuple[int, ...]) -> None:

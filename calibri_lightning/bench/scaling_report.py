@@ -89,10 +89,10 @@ class ScalingReport:
     def _process_lines(self) -> list[str]:
         if not self.processes:
             return []
-        head = f"{'processes':>9}{'images/s':>10}{'speed-up':>20}{'idle':>24}{'had a core':>12}  pictures of each"
+        head = f"{'processes':>9}{'images/s':>10}{'speed-up':>20}{'undisturbed':>27}{'idle':>24}  pictures of each"
         rows = [
             f"{one.world_size:>9}{one.images_per_second:>10.3g}{format_spread(one.speedup):>20}"
-            f"{_percent(one.idle_share):>24}{one.core_share.median:>12.0%}  {', '.join(map(str, one.loads))}"
+            f"{_undisturbed(one):>27}{_percent(one.idle_share):>24}  {', '.join(map(str, one.loads))}"
             + (f"  (more processes than the {self.cores} cores)" if one.world_size > self.cores else "")
             for one in self.processes
         ]
@@ -119,6 +119,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def _undisturbed(one: Processes) -> str:
+    """The speed-up of repetitions in which nothing else ran, and their number."""
+    return "none" if one.quiet_speedup is None else f"{format_spread(one.quiet_speedup)}, {one.num_quiet}"
 
 
 def _percent(value: Spread) -> str:

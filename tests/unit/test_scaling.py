@@ -16,7 +16,8 @@ from PIL import Image
 from torch.distributed import distributed_c10d
 
 from calibri_lightning.__main__ import main
-from calibri_lightning.bench import simulation
+from calibri_lightning.bench import processes, simulation
+from calibri_lightning.bench.measure import Spread
 from calibri_lightning.bench.models import RANDOM_MODELS
 from calibri_lightning.bench.options import parse
 from calibri_lightning.bench.prediction import Assumptions, PictureCost, count_picture, predict
@@ -24,6 +25,7 @@ from calibri_lightning.bench.processes import measure_processes
 from calibri_lightning.bench.random_models import build_random
 from calibri_lightning.bench.roofline import flops_per_row
 from calibri_lightning.bench.simulation import SIZE_BYTES, Cost, Work, simulate
+from calibri_lightning.errors import UserError
 from calibri_lightning.sampling.grid import Grid
 from calibri_lightning.sampling.sharing import Request, idle_share, loads, unit_sizes
 
@@ -130,7 +132,23 @@ def test_real_processes_draw_what_the_simulation_says(capfd: pytest.CaptureFixtu
     assert two.loads == (8, 7), "4 units of 4, 4, 4 and 3"
     assert (one.speedup.median, one.idle_share.median) == (1, 0)
     assert 0 <= two.idle_share.median < 1
-    assert two.core_share.median > 0
+    assert len(two.core_shares) == len(two.timing.seconds) == 1
+    assert (two.quiet_speedup is None) == (two.num_quiet == 0)
+
+
+def test_only_undisturbed_repetitions_count_as_such() -> None:
+    def one(world_size: int, rank: int, seconds: float, cpu: float) -> processes._Pass:
+        return processes._Pass(world_size, rank, seconds, seconds, cpu, 4 // world_size, "same")
+
+    alone = [one(1, 0, seconds, cpu) for seconds, cpu in ((4.0, 4.0), (6.0, 4.0), (4.2, 4.2))]
+    both = [one(2, rank, seconds, cpu) for seconds, cpu in ((2.0, 2.0), (2.0, 2.0), (3.0, 1.9)) for rank in (0, 1)]
+    first, second = processes._summarised([*alone, *both], (1, 2), 4)
+    assert (second.num_quiet, second.quiet_speedup) == (1, Spread(2.0, 2.0, 2.0)), "the first repetition"
+    assert first.num_quiet == 2
+    assert second.speedup.median == 2.0
+    assert second.idle_share.median == 0
+    with pytest.raises(UserError, match="depend on the number of processes"):
+        processes._summarised([*alone, replace(both[0], rewards="other")], (1, 2), 4)
 
 
 def test_command_prints_tables_and_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
