@@ -26,6 +26,7 @@ class Engine:
         rows_per_forward: Most rows of one forward; auto finds them when the first stage starts.
         compile: Whether the transformer's blocks are compiled.
         overlap_scoring: Whether pictures are scored while the next ones are sampled.
+        balance_over: Number of ranks among which every request is shared evenly.
 
     Raises:
         UserError: If rows_per_forward is below the number of members, or compiling lacks a compiler.
@@ -40,9 +41,11 @@ class Engine:
         rows_per_forward: int | Literal["auto"] = "auto",
         compile: bool = False,
         overlap_scoring: bool = True,
+        balance_over: int = 1,
     ) -> None:
         self.backbone, self.layout, self.compiles = backbone, layout, compile
         self.attachment, self._rewards, self._overlap = attachment, rewards, overlap_scoring
+        self.balance_over = balance_over
         self.rows_are_automatic = rows_per_forward == "auto"
         self.rows_per_forward: int | None = None
         self._evaluator: Evaluator | None = None
@@ -59,6 +62,11 @@ class Engine:
         return self._evaluator
 
     @property
+    def at_once(self) -> int | None:
+        """Pictures that are sampled at once, fewer than a unit has where memory ran out; None before rows are known."""
+        return None if self._evaluator is None else self._evaluator.at_once
+
+    @property
     def guided(self) -> bool:
         """Whether a member sees the negative prompt."""
         return any(member.prompt == "negative" for member in self.layout.members)
@@ -73,7 +81,9 @@ class Engine:
             UserError: If they are below the number of members.
         """
         self.rows_per_forward = rows
-        self._evaluator = Evaluator(self.backbone, self.attachment, self.layout, self._rewards, rows, self._overlap)
+        self._evaluator = Evaluator(
+            self.backbone, self.attachment, self.layout, self._rewards, rows, self._overlap, self.balance_over
+        )
 
     def start(
         self,

@@ -66,6 +66,9 @@ class CalibriModule(LightningModule):
         full_num_steps: Sampling steps of the full-cost baseline that the test compares with; 0 for none.
         rows_per_forward: Most rows (pictures x members) of one transformer forward; part of the result's last bits.
             auto measures what the device takes; a checkpoint remembers what it found.
+        balance_over: Number of processes (GPUs) among which the pictures of every request are shared evenly, as they
+            then are among any divisor of it: the number of units becomes a multiple of it, and they smaller. Part of
+            the result's last bits; 1 fills all forwards but the last.
         compile: Compile the transformer's blocks: a minute or more at the start, and again for each new number of rows,
             then faster forwards. Needs a C++ compiler. Part of the result's last bits.
         overlap_scoring: Score pictures in a second thread while the next ones are sampled; no result depends on it. Off
@@ -94,6 +97,7 @@ class CalibriModule(LightningModule):
         num_steps: int = 15,
         full_num_steps: int = 28,
         rows_per_forward: int | Literal["auto"] = "auto",
+        balance_over: int = 1,
         compile: bool = False,
         overlap_scoring: bool = True,
         lora: LoraOptions | None = None,
@@ -109,6 +113,11 @@ class CalibriModule(LightningModule):
                 f"num_steps={num_steps}, full_num_steps={full_num_steps}, num_grid_prompts={num_grid_prompts}, "
                 f"num_diversity_prompts={num_diversity_prompts}, seed={seed}: num_steps must be at least 1 and the "
                 "others at least 0. Correct it under model."
+            )
+        if balance_over < 1:
+            raise UserError(
+                f"balance_over is {balance_over}; it is a number of processes, at least 1. Set model.balance_over to "
+                "the number that you run on, or to 1 for forwards as large as rows_per_forward allows."
             )
         # Strategies differ in what a step is: CMA-ES has no optimiser, GRPO takes several steps a batch.
         self.automatic_optimization = False
@@ -144,7 +153,7 @@ class CalibriModule(LightningModule):
         )
         self.answer = self.start
         self.engine = Engine(
-            backbone, attachment, self.layout, self.rewards, rows_per_forward, compile, overlap_scoring
+            backbone, attachment, self.layout, self.rewards, rows_per_forward, compile, overlap_scoring, balance_over
         )
 
     @property
@@ -180,6 +189,7 @@ class CalibriModule(LightningModule):
             "members": ", ".join(f"{member.prompt} {member.weight:g}" for member in self.layout.members),
             "weight_mode": self.layout.weight_mode,
             "pictures a unit (model.rows_per_forward)": self.engine.evaluator.cells_per_unit,
+            **({} if self.engine.balance_over == 1 else {"model.balance_over": self.engine.balance_over}),
             **({"compiled blocks": "yes"} if self.engine.compiles else {}),
             "validation prompts": prompts_digest(validation)[:12] if validation else "none",
         }

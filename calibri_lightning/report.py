@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -42,6 +43,7 @@ from calibri_lightning.evaluation import (
 )
 from calibri_lightning.prompts import PromptBatch
 from calibri_lightning.sampling.noise import TEST_STEP
+from calibri_lightning.sampling.sharing import advice
 from calibri_lightning.strategies.base import Candidate
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class RunReport:
         self.speaks = module.trainer.is_global_zero
 
     def announce(self) -> None:
-        """Says what a fit is about to do."""
+        """Says what a fit is about to do, and what to set where its processes would wait for each other."""
         if not self.speaks:
             return
         module, words = self.module, self.module.strategy.words
@@ -69,6 +71,8 @@ class RunReport:
             f"{self._trained()}; {module.strategy.describe_step(module)}. Run folder: {self.folder}",
             flush=True,
         )
+        for sentence in advice(module.strategy.requests(module), module.trainer.world_size):
+            print(f"Warning: {sentence}", file=sys.stderr, flush=True)
 
     def _trained(self) -> str:
         """What is improved, and how many numbers it has."""

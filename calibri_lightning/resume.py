@@ -38,6 +38,7 @@ def save_run(module: CalibriModule, checkpoint: dict[str, Any]) -> None:
         "blend": module.blend.state(),
         "watch": module.watch.state(),
         "rows_per_forward": module.engine.rows_per_forward,
+        "at_once": module.engine.at_once,
         "policy": module.policy.state_dict(),
         "answer": {"theta": torch.from_numpy(module.answer.theta.copy()), "weights": module.answer.weights},
         "budget": [module.budget.images, module.budget.forwards, module.budget.device_seconds],
@@ -70,6 +71,10 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
     recorded = checkpoint[KEY].get("rows_per_forward")
     if module.engine.rows_are_automatic and recorded is not None:
         module.engine.use_rows(recorded)
+    # Memory that ran out once would run out again. Absent from checkpoints of earlier versions.
+    at_once = checkpoint[KEY].get("at_once")
+    if at_once is not None:
+        module.engine.evaluator.sample_at_most(at_once)
 
 
 def describe(

@@ -13,6 +13,7 @@ import torch
 from calibri_lightning.bench.models import MODELS, RANDOM_MODELS, members_of
 from calibri_lightning.bench.precision import PRECISIONS, Precision, Setting
 from calibri_lightning.bench.recipes import WINDOW
+from calibri_lightning.bench.scaling_options import POPSIZE, Scaling, add_options, read_options
 from calibri_lightning.commandline import OneLineParser
 from calibri_lightning.devices import find_device
 from calibri_lightning.errors import UserError
@@ -21,6 +22,7 @@ _RESOLUTION = 512
 _STEPS, _TRAINING_STEPS = 8, 10
 """Sampling steps of the loops, and of training, where Flow-GRPO takes 10."""
 _GROUPS, _GROUP_SIZE = 2, 12
+_POPSIZE = 16
 _LEAST_TRAINING_STEPS = WINDOW + 1
 _MULTIPLE = 16
 """What all random models make: sides of this many pixels, and multiples."""
@@ -49,6 +51,8 @@ class Options:
     device: torch.device
     threads: int | None
     out: Path | None
+    scaling: Scaling | None = None
+    """What to do instead of the loops; None to measure them."""
 
     @property
     def members(self) -> Literal["single", "cfg"]:
@@ -77,7 +81,7 @@ def parse(arguments: Sequence[str]) -> Options:
     given = _parser().parse_args(
         list(arguments),
         argparse.Namespace(
-            layers=None, resolution=None, threads=None, out=None, steps=None, groups=None, group_size=None
+            **dict.fromkeys(("layers", "resolution", "threads", "out", "popsize", "steps", "groups", "group_size"))
         ),
     )
     for name in (
@@ -102,6 +106,7 @@ def parse(arguments: Sequence[str]) -> Options:
             "--precision, or leave --order out."
         )
     _check_training(given)
+    scaling = read_options(given)
     if given.out is not None and not given.out.parent.is_dir():
         raise UserError(f"--out is {given.out}; the folder {given.out.parent} does not exist. Make it first.")
     return Options(
@@ -110,7 +115,7 @@ def parse(arguments: Sequence[str]) -> Options:
         resolution=given.resolution or _RESOLUTION,
         precisions=tuple(dict.fromkeys(given.precision)),
         compile=given.compile,
-        popsize=given.popsize,
+        popsize=given.popsize or (_POPSIZE if scaling is None else POPSIZE),
         bucket=given.bucket,
         num_steps=given.steps or (_TRAINING_STEPS if given.train else _STEPS),
         rows=given.rows,
@@ -124,6 +129,7 @@ def parse(arguments: Sequence[str]) -> Options:
         device=find_device(given.device),
         threads=given.threads,
         out=given.out,
+        scaling=scaling,
     )
 
 
@@ -146,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the batched loop, one or more; the straightforward loop runs in the first",
     )
     add("--compile", action="store_true", help="measure each precision with compiled blocks, too")
-    add("--popsize", type=int, default=16, help="candidates")
+    add("--popsize", type=int, default=unset, help=f"candidates (default: {_POPSIZE}, {POPSIZE} with --scaling)")
     add("--bucket", type=int, default=16, help="prompts")
     add("--steps", type=int, default=unset, help=f"sampling steps (default: {_STEPS}, {_TRAINING_STEPS} with --train)")
     add("--rows", type=int, default=128, help="most rows of one forward")
@@ -157,9 +163,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--train", action="store_true", help="measure training steps of Flow-GRPO instead of the evaluation loops")
     add("--groups", type=int, default=unset, help=f"with --train, prompts of a step (default: {_GROUPS})")
     add("--group-size", type=int, default=unset, help=f"with --train, pictures of a prompt (default: {_GROUP_SIZE})")
+    add_options(parser)
     add("--threads", type=int, default=unset, help="CPU threads (default: torch's own)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--out", type=Path, default=unset, help="write the report as JSON; --popsizes are plotted beside it")
+    add(
+        "--out",
+        type=Path,
+        default=unset,
+        help="write the report as JSON; --popsizes, --scaling: also a plot",
+    )
     return parser
 
 

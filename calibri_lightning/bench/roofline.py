@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from calibri_lightning.backbones import Backbone
+from calibri_lightning.backbones import Backbone, Conditioning
 from calibri_lightning.backbones.loading import DType
 from calibri_lightning.bench.measure import now
 
@@ -55,7 +55,7 @@ def measure_peaks(device: torch.device, dtypes: Iterable[DType]) -> dict[DType, 
 
 
 @torch.no_grad()
-def flops_per_row(backbone: Backbone, rows: int = 2) -> float:
+def flops_per_row(backbone: Backbone, rows: int = 2, text: Conditioning | None = None) -> float:
     """Counts the arithmetic of one row of a forward: multiplications and additions of matrix products.
 
     Products of matrices, convolutions and attention count; norms, activations and gates, a hundredth of it, do not.
@@ -63,11 +63,13 @@ def flops_per_row(backbone: Backbone, rows: int = 2) -> float:
     Args:
         backbone: The model, not compiled.
         rows: Rows of the counted forward.
+        text: What each row sees, one row of it; "a red circle" by default, which a model without numbers cannot encode.
 
     Returns:
         FLOP.
     """
-    x, seen = backbone.noise(range(rows)), backbone.encode(["a red circle"] * rows)
+    x = backbone.noise(range(rows))
+    seen = backbone.encode(["a red circle"] * rows) if text is None else text.take([0] * rows)
     sigma = backbone.schedule(2)[1].to(x).expand(rows)
     # The counter knows matrix products; the CPU's fused attention hides its own.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

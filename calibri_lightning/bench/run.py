@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 from collections.abc import Sequence
@@ -18,8 +19,13 @@ from calibri_lightning.bench.order import check_order
 from calibri_lightning.bench.overhead import measure_overhead
 from calibri_lightning.bench.parts import measure_parts
 from calibri_lightning.bench.plot import plot_growth
+from calibri_lightning.bench.processes import available_cores, measure_processes
 from calibri_lightning.bench.report import Report
 from calibri_lightning.bench.roofline import Roof, flops_per_row, measure_peaks
+from calibri_lightning.bench.scaling_options import Scaling
+from calibri_lightning.bench.scaling_plot import plot_scaling
+from calibri_lightning.bench.scaling_report import CUTS, ScalingReport
+from calibri_lightning.bench.simulation import Work, simulate
 from calibri_lightning.bench.training import measure_training
 from calibri_lightning.bench.training_report import TrainingReport
 from calibri_lightning.bench.workbench import Workbench
@@ -51,10 +57,14 @@ def _bench(arguments: Sequence[str]) -> None:
         if isinstance(report, Report) and report.growth:
             subtitle = f"{report.model}\n{report.machine}"
             plot_growth(options.out.with_suffix(".png"), report.growth, "A generation over its size", subtitle)
+        if isinstance(report, ScalingReport):
+            plot_scaling(options.out.with_suffix(".png"), report)
     print(report.render())
 
 
-def _measured(options: Options, command: str) -> Report | TrainingReport:
+def _measured(options: Options, command: str) -> Report | TrainingReport | ScalingReport:
+    if options.scaling is not None:
+        return measure_scaling(options, options.scaling, command)
     try:
         return measure_steps(options, command) if options.train else measure(options, command)
     except torch.OutOfMemoryError as error:
@@ -129,6 +139,37 @@ def measure_steps(options: Options, command: str) -> TrainingReport:
     )
     return TrainingReport(
         _now(), command, _describe_machine(options.device), _describe_model(bench), job, steps, passes
+    )
+
+
+def measure_scaling(options: Options, scaling: Scaling, command: str) -> ScalingReport:
+    """Simulates many ranks and runs few.
+
+    Args:
+        options: Model and work.
+        scaling: Numbers of ranks, and what a simulated picture takes.
+        command: For the report.
+
+    Returns:
+        The report.
+    """
+    members = 2 if options.members == "cfg" else 1
+    work = Work(options.popsize, options.bucket, options.rows // members)
+    # Read before anything runs: what else the machine does then.
+    load = os.getloadavg()[0]
+    return ScalingReport(
+        date=_now(),
+        command=command,
+        machine=f"{_describe_machine(options.device)}, {available_cores()} core(s), load average {load:.2f} before",
+        work=work,
+        cost=scaling.cost,
+        simulated={
+            name: tuple(simulate(work, scaling.cost, ranks, over or ranks) for ranks in scaling.ranks)
+            for name, over in CUTS.items()
+        },
+        model=f"{options.model}, {options.num_steps} steps, {members} member(s)",
+        cores=available_cores(),
+        processes=measure_processes(options, scaling.processes) if scaling.processes else (),
     )
 
 

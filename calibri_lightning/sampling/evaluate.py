@@ -26,6 +26,7 @@ from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, 
 from calibri_lightning.sampling.overlap import Behind
 from calibri_lightning.sampling.rollout import Samples
 from calibri_lightning.sampling.rows import check_rows
+from calibri_lightning.sampling.sharing import owner_of, share_of
 
 if TYPE_CHECKING:
     from calibri_lightning.backbones.base import Backbone
@@ -51,6 +52,7 @@ class Evaluator:
         rewards: RewardSet,
         rows_per_forward: int,
         overlap_scoring: bool = True,
+        balance_over: int = 1,
     ) -> None:
         """Joins a model, its scales and its rewards.
 
@@ -63,6 +65,7 @@ class Evaluator:
                 last bits of the rewards; where memory runs out, units are sampled in parts.
             overlap_scoring: Whether units are scored in other threads while the next is sampled, as many at a time as
                 the rewards can serve; no result depends on it.
+            balance_over: Number of ranks among which every request is shared evenly; it fixes the units, too.
 
         Raises:
             UserError: If rows_per_forward is below the number of members.
@@ -71,8 +74,8 @@ class Evaluator:
         check_rows(rows_per_forward, num_members)
         self.backbone, self.attachment, self.layout, self.rewards = backbone, attachment, layout, rewards
         self.overlap_scoring = overlap_scoring
-        self.cells_per_unit = rows_per_forward // num_members
-        self._most_cells = self.cells_per_unit
+        self.cells_per_unit, self.balance_over = rows_per_forward // num_members, balance_over
+        self._most_cells = self._agreed = self.cells_per_unit
 
     def evaluate(
         self,
@@ -98,7 +101,7 @@ class Evaluator:
             seeds: Noise seed of each slot.
             num_steps: Sampling steps.
             cells: Which cells to score, bool [K, S]; all by default.
-            rank: This process, 0 .. world_size - 1; it does every world_size-th unit.
+            rank: This process, 0 .. world_size - 1; `sharing.share_of` says what it does.
             world_size: Number of processes, all of which call this with the same request.
             gather: Exchanges results; needed when world_size exceeds 1.
             done: Called on this rank after each of its units, before the next one is scored; in the scoring thread.
@@ -119,13 +122,13 @@ class Evaluator:
         """
         shape = (len(thetas), len(prompts))
         wanted = np.ones(shape, dtype=bool) if cells is None else cells
-        units = cut_units(wanted, self.cells_per_unit)
+        units = cut_units(wanted, self.cells_per_unit, self.balance_over)
         rewards = np.full(shape, np.nan) if known is None else np.where(wanted, known, np.nan)
         todo = [i for i, unit in enumerate(units) if any(np.isnan(rewards[cell]) for cell in unit)]
         grid = Grid.empty(self.rewards.names, shape)
         failure: Exception | None = None
         try:
-            mine = todo[rank::world_size]
+            mine = share_of(todo, rank, world_size)
             self._score(thetas, prompts, seeds, num_steps, units, mine, grid, done, held_out, seen, beat)
         except StopRequested as stop:
             grid.stop = stop.number
@@ -133,12 +136,15 @@ class Evaluator:
             # The other ranks wait in `gather`: they are told before this one stops.
             failure = error
             grid.failed = True
+        grid.at_once, all_at_once = self._most_cells, [self._most_cells]
         if world_size > 1:
             assert gather is not None, "more than one rank needs a gather"
-            owners = {cell: i % world_size for i, index in enumerate(todo) for cell in units[index]}
-            grid = Grid.merge([Grid.unpack(part, self.rewards.names, shape) for part in gather(grid.pack())], owners)
+            owners = {cell: owner_of(i, world_size) for i, index in enumerate(todo) for cell in units[index]}
+            parts = [Grid.unpack(part, self.rewards.names, shape) for part in gather(grid.pack())]
+            grid, all_at_once = Grid.merge(parts, owners), [part.at_once for part in parts]
         if failure is not None:
             raise failure
+        self._agree(all_at_once, rank)
         if grid.failed:
             raise UserError("Scoring failed on another rank, whose own message says why. Fix that and run again.")
         if grid.stop:
@@ -148,6 +154,30 @@ class Evaluator:
             rewards[cell] = grid.values[0][cell]
         each = dict(zip(self.rewards.names, grid.values[1:], strict=True))
         return Evaluation(rewards, each, grid.num_images, grid.num_forwards)
+
+    def _agree(self, at_once: Sequence[int], rank: int) -> None:
+        """Samples as few pictures at once as the rank that can take the fewest: ranks wait for each other anyway."""
+        short = [number for number, count in enumerate(at_once) if count < self._agreed]
+        if short:
+            self.sample_at_most(min(at_once))
+            if rank == 0:
+                ranks = ", ".join(map(str, short))
+                _log.warning(
+                    "Out of memory on rank %s: all ranks sample %d pictures at once from now on.", ranks, self._agreed
+                )
+
+    @property
+    def at_once(self) -> int:
+        """Pictures that are sampled at once: those of a unit, or fewer where memory has run out."""
+        return self._agreed
+
+    def sample_at_most(self, pictures: int) -> None:
+        """Samples units in parts from now on.
+
+        Args:
+            pictures: Most pictures of a part, at least 1; more than are sampled at once now changes nothing.
+        """
+        self._most_cells = self._agreed = min(pictures, self._agreed)
 
     def images(
         self,
@@ -175,7 +205,7 @@ class Evaluator:
         """
         wanted = np.ones((len(thetas), len(prompts)), dtype=bool) if cells is None else cells
         rows = self._rows(thetas)
-        for unit in cut_units(wanted, self.cells_per_unit)[rank::world_size]:
+        for unit in share_of(cut_units(wanted, self.cells_per_unit, self.balance_over), rank, world_size):
             yield unit, middle_frame(self._draw(unit, rows, prompts, seeds, num_steps)[0])
 
     def _score(
@@ -282,7 +312,6 @@ class Evaluator:
                     "Choose a smaller picture, dtype bfloat16, or a larger device."
                 ) from cause
             self._most_cells = (min(self._most_cells, len(unit)) + 1) // 2
-            _log.warning("Out of memory: sampling %d pictures at a time from now on.", self._most_cells)
 
     def _sample(
         self,

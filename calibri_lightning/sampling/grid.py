@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from calibri_lightning.sampling.sharing import unit_sizes
+
+_HEADER = 5
+"""Numbers that travel before the values."""
 
 
 class Cell(NamedTuple):
@@ -49,20 +55,22 @@ class Evaluation:
     """Transformer forwards over all ranks, counted in rows (one picture, one member, one step)."""
 
 
-def cut_units(cells: NDArray[np.bool_], cells_per_unit: int) -> tuple[tuple[Cell, ...], ...]:
-    """Cuts the requested cells, slot by slot, into units of equal size (the last may be smaller).
+def cut_units(cells: NDArray[np.bool_], cells_per_unit: int, balance_over: int = 1) -> tuple[tuple[Cell, ...], ...]:
+    """Cuts the requested cells, slot by slot, into units.
 
     Slot-major order puts candidates of one prompt side by side: their prompt is encoded and moved once.
 
     Args:
         cells: Requested cells, bool [K, S].
-        cells_per_unit: Pictures in a unit.
+        cells_per_unit: Most pictures of a unit.
+        balance_over: Number of ranks among which they are to be shared evenly; see `sharing.unit_sizes`.
 
     Returns:
         The units.
     """
     ordered = [Cell(int(k), int(s)) for s, k in np.argwhere(cells.T)]
-    return tuple(tuple(ordered[i : i + cells_per_unit]) for i in range(0, len(ordered), cells_per_unit))
+    ends = list(accumulate(unit_sizes(len(ordered), cells_per_unit, balance_over)))
+    return tuple(tuple(ordered[start:end]) for start, end in pairwise([0, *ends]))
 
 
 @dataclass
@@ -79,6 +87,8 @@ class Grid:
     """Whether scoring raised."""
     stop: int = 0
     """The signal that asked for a stop in the middle; 0 for none."""
+    at_once: int = 0
+    """Pictures that this rank can sample at once, of all ranks the fewest; 0 where nothing bounds them."""
 
     @classmethod
     def empty(cls, names: Sequence[str], shape: tuple[int, int]) -> Grid:
@@ -109,7 +119,8 @@ class Grid:
 
     def pack(self) -> NDArray[np.float64]:
         """Lays everything out as one vector, to be sent; see `unpack`."""
-        return np.concatenate([[self.num_images, self.num_forwards, self.failed, self.stop], self.values.ravel()])
+        header = [self.num_images, self.num_forwards, self.failed, self.stop, self.at_once]
+        return np.concatenate([header, self.values.ravel()])
 
     @classmethod
     def unpack(cls, packed: NDArray[np.float64], names: Sequence[str], shape: tuple[int, int]) -> Grid:
@@ -123,8 +134,9 @@ class Grid:
         Returns:
             The grid.
         """
-        values = np.asarray(packed[4:]).reshape(1 + len(names), *shape)
-        return cls(values, tuple(names), int(packed[0]), int(packed[1]), bool(packed[2]), int(packed[3]))
+        values = np.asarray(packed[_HEADER:]).reshape(1 + len(names), *shape)
+        images, forwards, failed, stop, at_once = map(int, packed[:_HEADER])
+        return cls(values, tuple(names), images, forwards, bool(failed), stop, at_once)
 
     @classmethod
     def merge(cls, parts: Sequence[Grid], owners: Mapping[Cell, int]) -> Grid:
@@ -144,4 +156,5 @@ class Grid:
         merged.num_forwards = sum(part.num_forwards for part in parts)
         merged.failed = any(part.failed for part in parts)
         merged.stop = max(part.stop for part in parts)
+        merged.at_once = min((part.at_once for part in parts if part.at_once), default=0)
         return merged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from calibri_lightning.adapters.policy import LIVE
 from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import PromptBatch
+from calibri_lightning.sampling.sharing import BALANCE
 from calibri_lightning.strategies.base import (
     BestVector,
     CalibratedModule,
@@ -41,6 +42,7 @@ from calibri_lightning.strategies.turns import TurnStrategy
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+    from calibri_lightning.sampling.sharing import Request
     from calibri_lightning.strategies.rounds import GenerationReport
 
 _log = logging.getLogger(__name__)
@@ -129,6 +131,12 @@ class Alternate(Strategy):
         self._prepare(module)
         number = self._turn.phase
         return self._views[number].named(self.parts[number].answer(self._views[number].module))
+
+    def requests(self, module: CalibratedModule) -> Sequence[Request]:
+        """Those of a step of each phase."""
+        asked = [request for part in self.parts for request in part.requests(module)]
+        # A phase's own settings have no flag: they stand in the list of phases.
+        return [r if r.setting == BALANCE else replace(r, setting=f"that phase's {_last_word(r)}") for r in asked]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier fit."""
@@ -307,6 +315,10 @@ class Alternate(Strategy):
             if len(self._over) == len(self.parts):
                 reasons = (f"{type(part).__name__}: {self._over[i]}" for i, part in enumerate(self.parts))
                 self.stop_reason = "; ".join(reasons)
+
+
+def _last_word(request: Request) -> str:
+    return request.setting.rpartition(".")[2]
 
 
 def _copy_name(number: int, name: str) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from calibri_lightning.rewards.blend import Blend
     from calibri_lightning.rewards.watch import Watch
     from calibri_lightning.sampling.grid import Evaluation, UnitResult
+    from calibri_lightning.sampling.sharing import Request
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,17 @@ class Strategy(Callback, ABC):
             f"{steps} steps = {forwards} forwards an image, {self.prompts_per_step} prompts a {self.words.step}, "
             f"{module.engine.rows_per_forward} rows a forward"
         )
+
+    def requests(self, module: CalibratedModule) -> Sequence[Request]:
+        """Says what a training step asks of all ranks, by which they are told at the start whether some would wait.
+
+        Args:
+            module: The module that is trained.
+
+        Returns:
+            Requests, one after another; none where it is not known.
+        """
+        return ()
 
     @abstractmethod
     def training_step(self, module: CalibratedModule, batch: PromptBatch) -> None:

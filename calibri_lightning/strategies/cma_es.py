@@ -109,8 +109,19 @@ class CMAES(EvolutionStrategy):
         Returns:
             Images.
         """
+        return sum(self.round_sizes(num_parameters))
+
+    def round_sizes(self, num_parameters: int) -> tuple[int, ...]:
+        """Counts the images of each halving round.
+
+        Args:
+            num_parameters: Number n of parameters.
+
+        Returns:
+            Images of each.
+        """
         popsize = self._popsize(num_parameters)
-        return sum(width * max(1, popsize >> number) for number, width in enumerate(self.rounds))
+        return tuple(width * max(1, popsize >> number) for number, width in enumerate(self.rounds))
 
     def resolve(self, num_parameters: int, total_images: int | None, earlier: Settings) -> Settings:
         """Fixes the settings that were left open.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from calibri_lightning.arrays import Floats, means
 from calibri_lightning.errors import UserError
 from calibri_lightning.launch.agreement import require_same_bits
+from calibri_lightning.sampling.sharing import Request
 from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
 from calibri_lightning.strategies.history import History, Settings, check_same, digest_candidates, numerics
@@ -100,6 +101,11 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         if self.best is not None:
             return self.best
         return Candidate(module.start_theta if self._status is None else self._status.mean)
+
+    def requests(self, module: CalibratedModule) -> Sequence[Request]:
+        """The rounds of a generation."""
+        evaluator, sizes = module.engine.evaluator, self.round_sizes(module.layout.num_parameters)
+        return [Request(size, evaluator.cells_per_unit, evaluator.balance_over) for size in sizes]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier fit."""

@@ -26,6 +26,17 @@ class SearchPlan(ABC):
             Images.
         """
 
+    def round_sizes(self, num_parameters: int) -> tuple[int, ...]:
+        """Counts the images of each round of a generation; a round waits for the rewards of the one before.
+
+        Args:
+            num_parameters: Number n of parameters.
+
+        Returns:
+            Images of each, `num_cells` together; one round by default.
+        """
+        return (self.num_cells(num_parameters),)
+
     @abstractmethod
     def resolve(self, num_parameters: int, total_images: int | None, earlier: Settings) -> Settings:
         """Fixes the settings that were left open.

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
@@ -19,6 +19,7 @@ from calibri_lightning.arrays import means
 from calibri_lightning.errors import UserError
 from calibri_lightning.launch.agreement import checksum, require_same_bits
 from calibri_lightning.launch.pulse import StopRequested
+from calibri_lightning.sampling.sharing import Request
 from calibri_lightning.strategies.advantages import Advantages, advantages
 from calibri_lightning.strategies.base import CalibratedModule
 from calibri_lightning.strategies.groups import Slots, parts
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from calibri_lightning.strategies.loss_stats import SummedStats
 
 _log = logging.getLogger(__name__)
+_UNIT_SETTING = "--model.strategy.pictures_per_unit"
 T = TypeVar("T")
 
 
@@ -121,6 +123,10 @@ class PolicyStrategy(PolicyRun, Generic[T]):
             f"{settings.num_groups} prompts x {settings.group_size} pictures a step, "
             f"{self.forwards_per_picture(module)} forwards a picture, {self._unit_size(module)} pictures a unit"
         )
+
+    def requests(self, module: CalibratedModule) -> Sequence[Request]:
+        """All pictures of a step, in its own units."""
+        return [Request(self.settings.images_per_step, self._unit_size(module), setting=_UNIT_SETTING)]
 
     def after_updates(self, module: CalibratedModule) -> None:  # noqa: B027 - most do nothing
         """Called once after the optimiser steps of a training step.

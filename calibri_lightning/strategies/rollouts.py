@@ -18,6 +18,7 @@ from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Grid, UnitResult
 from calibri_lightning.sampling.overlap import Behind
+from calibri_lightning.sampling.sharing import owner_of, share_of
 
 if TYPE_CHECKING:
     from calibri_lightning.strategies.base import CalibratedModule
@@ -83,7 +84,7 @@ def roll_out_units(
     units, shape = slots.units(unit_size), (1, len(slots.prompts))
     grid = Grid.empty((*evaluator.rewards.names, _DIVERSITY), shape)
     kept: dict[int, T] = {}
-    mine = range(trainer.global_rank, len(units), trainer.world_size)
+    mine = share_of(range(len(units)), trainer.global_rank, trainer.world_size)
     failure: Exception | None = None
 
     def score(index: int, images: Tensor) -> UnitResult:
@@ -116,7 +117,7 @@ def roll_out_units(
         failure = error
     # The other ranks wait in `gather`: they are told before this one stops.
     grid.failed = failure is not None
-    owners = {Cell(0, slot): i % trainer.world_size for i, unit in enumerate(units) for slot in unit}
+    owners = {Cell(0, slot): owner_of(i, trainer.world_size) for i, unit in enumerate(units) for slot in unit}
     grid = Grid.merge([Grid.unpack(part, grid.names, shape) for part in module.gather(grid.pack())], owners)
     if failure is not None:
         raise failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from run_files import checkpoint, column
 from tiny_runs import TinyRuns, forked, rank_environments
+
+from calibri_lightning.strategies import FlowGRPO
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
 
@@ -31,6 +34,27 @@ def trained(run: Path) -> dict[str, torch.Tensor]:
     state = checkpoint(run)
     policy: dict[str, Any] = state["calibri_lightning"]["policy"]
     return {"theta": state["state_dict"]["theta"], **policy["network"]}
+
+
+def test_a_unit_that_does_not_fit_on_one_rank_ends_all(
+    runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit is made and trained on whole, so it is not halved: what to lower is said, and no rank waits for ever."""
+    draw = FlowGRPO.draw
+
+    def limited(self: FlowGRPO, *rest: Any) -> Any:
+        if os.environ["LOCAL_RANK"] == "1":
+            raise torch.OutOfMemoryError("the smaller device")
+        return draw(self, *rest)
+
+    monkeypatch.setattr(FlowGRPO, "draw", limited)
+    words = runs.arguments("fit", "bad", "--trainer.devices=2", "--trainer.strategy=ddp", "--data.val=null", *GRPO)
+    assert forked([words, words], rank_environments(2), tmp_path / "log") == [2, 2]
+    log = (tmp_path / "log").read_text()
+    assert "2 pictures of a unit do not fit into the memory" in log
+    assert "lower strategy.pictures_per_unit" in log
+    assert "Another rank could not make its pictures" in log
+    assert "Traceback" not in log
 
 
 def test_two_ranks_train_as_one_does(runs: TinyRuns, tmp_path: Path) -> None:

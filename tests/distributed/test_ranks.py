@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_rewards
@@ -16,6 +18,8 @@ from run_files import checkpoint, column, last
 from tiny_runs import CMA, OFFICIAL, PAIRS, TinyRuns, forked, rank_environments
 
 from calibri_lightning import engine
+from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.grid import Cell
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
 
@@ -75,6 +79,24 @@ def test_ranks_agree_on_automatic_rows(runs: TinyRuns, tmp_path: Path, monkeypat
     assert "4 rows a forward" in (tmp_path / "log").read_text()
 
 
+def test_balanced_units_of_two_ranks_deliver_the_bytes_of_one(runs: TinyRuns, tmp_path: Path) -> None:
+    flags = ("--trainer.max_steps=2", "--model.rows_per_forward=10", "--model.balance_over=2")
+    one = runs.fit("one", *flags)
+    pair = two(runs, tmp_path, "fit", "two", *flags)
+    assert (pair / "calibration.json").read_bytes() == (one / "calibration.json").read_bytes()
+    for rank in (0, 1):
+        units = [json.loads(line) for line in (pair / "ledger" / f"units.rank{rank}.jsonl").read_text().splitlines()]
+        assert [len(unit["cells"]) for unit in units if "cells" in unit] == [4, 4], "8 pictures a generation"
+    assert "will be idle" not in (tmp_path / "log").read_text()
+
+
+def test_a_launch_whose_ranks_would_wait_is_told_once_what_to_set(runs: TinyRuns, tmp_path: Path) -> None:
+    two(runs, tmp_path, "fit", "two", "--trainer.max_steps=1", "--data.val=null", "--model.rows_per_forward=16")
+    log = (tmp_path / "log").read_text()
+    assert log.count("50% of the time of 2 processes will be idle") == 1
+    assert "--model.balance_over=2 it is 0%" in log
+
+
 def test_table_and_pictures_of_two_ranks_are_those_of_one(runs: TinyRuns, tmp_path: Path) -> None:
     start = runs.fit("start", *CMA, "--data.val=null")
     flags = (f"--model.init_from={start}", "--data.predict_prompts=[a red circle, a blue square, a green circle]")
@@ -113,6 +135,39 @@ def test_kill_on_two_ranks_resumes_on_one(runs: TinyRuns, tmp_path: Path, monkey
     assert (resumed / "calibration.json").read_bytes() == (whole / "calibration.json").read_bytes()
     # Of the 9 units 3 + 1 were finished: the first generation, and rank 0's first unit of the second.
     assert len((tmp_path / "calls").read_text().splitlines()) == 9 - 4
+
+
+def test_memory_that_runs_out_on_one_rank_halves_the_forwards_of_all(
+    runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the next request on, and in a run that is resumed."""
+    sample = Evaluator._sample
+
+    def limited(self: Evaluator, unit: Sequence[Cell], *rest: Any) -> Any:
+        rank = os.environ.get("LOCAL_RANK", "alone")
+        if rank == "1" and len(unit) > 2:
+            raise torch.OutOfMemoryError("the smaller device")
+        with (tmp_path / f"sizes{rank}").open("a") as file:
+            file.write(f"{len(unit)} ")
+        return sample(self, unit, *rest)
+
+    monkeypatch.setattr(Evaluator, "_sample", limited)
+    flags = ("--data.val=null", "--model.rows_per_forward=6")
+    pair = two(runs, tmp_path, "fit", "two", *flags, "--trainer.max_steps=2")
+    # Units of 3, 3 and 2 pictures a generation.
+    assert (tmp_path / "sizes0").read_text().split() == ["3", "2", "2", "1", "2"]
+    assert (tmp_path / "sizes1").read_text().split() == ["2", "1", "2", "1"]
+    assert checkpoint(pair)["calibri_lightning"]["at_once"] == 2
+    runs.fit("two", *flags, "--trainer.max_steps=3", f"--ckpt_path={last(pair)}")
+    assert (tmp_path / "sizesalone").read_text().split() == ["2", "1", "2", "1", "2"]
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_no_bound(runs: TinyRuns) -> None:
+    path = last(runs.fit("a", "--data.val=null", "--trainer.max_steps=1"))
+    state = torch.load(path, weights_only=True)
+    del state["calibri_lightning"]["at_once"]
+    torch.save(state, path)
+    runs.fit("a", "--data.val=null", "--trainer.max_steps=2", f"--ckpt_path={path}")
 
 
 def test_error_on_one_rank_ends_all(runs: TinyRuns, tmp_path: Path) -> None:

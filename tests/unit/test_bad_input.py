@@ -62,6 +62,7 @@ def test_test_prompts_that_a_reward_cannot_score_are_refused_before_the_search(r
         ("--model.strategy.sigma0=-1", ["sigma0", "-1"]),
         ("--model.rows_per_forward=lots", ["rows_per_forward does not take lots", "or auto"]),
         ("--model.rows_per_forward=1", ["rows_per_forward is 1", "2"]),
+        ("--model.balance_over=0", ["balance_over is 0", "at least 1"]),
         ("--model.calibration.guidance_scale=30", ["30", "20"]),
         ("--model.calibration.members=0", ["members", "from 1 up"]),
         ("--trainer.precision=bf16-true", ["bf16-true", "theta", "bf16-mixed", "dtype"]),

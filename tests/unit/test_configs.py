@@ -121,6 +121,8 @@ def test_it_parses_and_names_what_it_is_for(file: Path) -> None:
         assert dict(model["rewards"]) == {"pickscore": 1.0}
         assert (model["rows_per_forward"], model["overlap_scoring"]) == ("auto", True)
         assert has_gradients(file) or model["num_steps"] == 15
+        # Units of policy gradients are the strategy's own.
+        assert model["balance_over"] == (1 if has_gradients(file) else 24)
 
 
 @functools.cache

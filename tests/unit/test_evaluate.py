@@ -20,8 +20,9 @@ from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import FunctionReward, RewardError, RewardSet
 from calibri_lightning.rewards.jpeg import JpegIncompressibility
 from calibri_lightning.sampling.evaluate import Evaluator
-from calibri_lightning.sampling.grid import Cell, Evaluation, UnitResult, cut_units
+from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
 from calibri_lightning.sampling.noise import noise_seed
+from calibri_lightning.sampling.sharing import loads
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
 
 K, STEPS = 4, 2
@@ -49,9 +50,12 @@ def backbone() -> SD3:
 def make(backbone: SD3) -> Iterator[Callable[..., Evaluator]]:
     attachment = attach(backbone.transformer, find_sites(backbone.transformer))
 
-    def build(*rewards: tuple[FunctionReward, float], rows: int = 6, members: str = "cfg") -> Evaluator:
+    def build(
+        *rewards: tuple[FunctionReward, float], rows: int = 6, members: str = "cfg", balance_over: int = 1
+    ) -> Evaluator:
         layout = build_layout(attachment.sites, "gate", members, 3.0)
-        return Evaluator(backbone, attachment, layout, RewardSet.of(*(rewards or REWARDS)), rows)
+        chosen = RewardSet.of(*(rewards or REWARDS))
+        return Evaluator(backbone, attachment, layout, chosen, rows, balance_over=balance_over)
 
     yield build
     attachment.detach()
@@ -123,6 +127,38 @@ def test_rewards_are_the_same_bits_on_any_number_of_ranks(make: Callable[..., Ev
             assert isinstance(result, Evaluation), result
             assert same_bits(result, alone)
             assert (result.num_images, result.num_forwards) == (alone.num_images, alone.num_forwards)
+
+
+def test_balanced_units_are_shared_evenly_and_give_the_same_bits_on_any_number_of_ranks(
+    make: Callable[..., Evaluator],
+) -> None:
+    evaluator = make(balance_over=6)
+    points = thetas(evaluator.layout)
+    ledger: list[UnitResult] = []
+    alone = evaluator.evaluate(points, PROMPTS, SEEDS, STEPS, done=ledger.append)
+    sizes = [len(unit.cells) for unit in ledger]
+    assert sizes == [2] * 8 + [1] * 4, "20 pictures, at most 3 a unit: the least multiple of 6 is 12"
+    for world_size in (2, 3, 4, 6):
+        done: list[list[UnitResult]] = [[] for _ in range(world_size)]
+        results = run_ranks(
+            world_size,
+            lambda rank, gather, w=world_size, done=done: evaluator.evaluate(
+                points, PROMPTS, SEEDS, STEPS, rank=rank, world_size=w, gather=gather, done=done[rank].append
+            ),
+        )
+        assert all(isinstance(result, Evaluation) and same_bits(result, alone) for result in results)
+        made = [sum(len(unit.cells) for unit in units) for units in done]
+        assert tuple(made) == loads(sizes, world_size)
+        if 6 % world_size == 0:
+            assert max(made) == -(-K * S // world_size)
+
+
+def test_pictures_that_are_drawn_are_cut_as_those_that_are_scored(make: Callable[..., Evaluator]) -> None:
+    evaluator = make(balance_over=7)
+    points, ledger = thetas(evaluator.layout), list[UnitResult]()
+    evaluator.evaluate(points, PROMPTS, SEEDS, STEPS, done=ledger.append)
+    drawn = [unit for unit, _ in evaluator.images(points, PROMPTS, SEEDS, STEPS)]
+    assert drawn == [unit.cells for unit in ledger]
 
 
 def test_a_grid_equals_its_cells_one_by_one(make: Callable[..., Evaluator]) -> None:
@@ -297,6 +333,70 @@ def test_out_of_memory_halves_what_is_sampled_at_once(
     limit = 1
     with pytest.raises(UserError, match="One picture of .* does not fit into the memory"):
         evaluator.evaluate(points, PROMPTS, SEEDS, STEPS)
+
+
+def test_a_grid_travels_and_ranks_join_theirs() -> None:
+    names, shape = ("a", "b"), (2, 3)
+    parts = [Grid.empty(names, shape) for _ in range(3)]
+    for rank, part in enumerate(parts):
+        cell = Cell(rank % 2, rank)
+        part.put(UnitResult(rank, 3, (cell,), np.array([rank]), {name: np.array([10 + rank]) for name in names}), 4)
+        part.at_once = 6 - rank
+    packed = [part.pack() for part in parts]
+    assert {vector.shape for vector in packed} == {(4 + 3 * 6,)}, "four numbers and the values"
+    read = [Grid.unpack(vector, names, shape) for vector in packed]
+    for part, copy in zip(parts, read, strict=True):
+        np.testing.assert_array_equal(part.values, copy.values)
+        kept = ("names", "num_images", "num_forwards", "failed", "at_once")
+        assert all(getattr(part, name) == getattr(copy, name) for name in kept)
+    whole = Grid.merge(read, {Cell(rank % 2, rank): rank for rank in range(3)})
+    assert [whole.values[0, rank % 2, rank] for rank in range(3)] == [0, 1, 2]
+    assert (whole.num_images, whole.num_forwards, whole.failed, whole.at_once) == (3, 12, False, 4)
+    # Where nothing bounds a rank, it has no say.
+    parts[2].at_once = 0
+    assert Grid.merge(parts, {}).at_once == 5
+    assert Grid.merge([Grid.empty(names, shape)], {}).at_once == 0
+
+
+def test_memory_that_runs_out_on_one_rank_is_everyones(
+    make: Callable[..., Evaluator], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = [make(rows=12) for _ in range(2)]
+    sizes: list[list[int]] = [[], []]
+
+    def limited(rank: int) -> Callable[..., object]:
+        sample = ranks[rank]._sample
+
+        def run(unit: Sequence[Cell], *rest: object) -> object:
+            if rank == 1 and len(unit) > 3:
+                raise torch.OutOfMemoryError("the smaller device")
+            sizes[rank].append(len(unit))
+            return sample(unit, *rest)
+
+        return run
+
+    for rank in range(2):
+        monkeypatch.setattr(ranks[rank], "_sample", limited(rank))
+    points = thetas(ranks[0].layout)
+
+    def ask() -> list[object]:
+        return run_ranks(
+            2,
+            lambda rank, gather: ranks[rank].evaluate(
+                points, PROMPTS, SEEDS, STEPS, rank=rank, world_size=2, gather=gather
+            ),
+        )
+
+    assert all(isinstance(result, Evaluation) for result in ask())
+    assert sizes == [[6, 6], [3, 3, 2]], "units of 6, 6, 6 and 2"
+    assert [evaluator.at_once for evaluator in ranks] == [3, 3]
+    [said] = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
+    assert said == "Out of memory on rank 1: all ranks sample 3 pictures at once from now on."
+    ask()
+    assert sizes == [[6, 6, 3, 3, 3, 3], [3, 3, 2, 3, 3, 2]]
+    assert len([record for record in caplog.records if "memory" in record.getMessage()]) == 1
+    ranks[0].sample_at_most(5)
+    assert ranks[0].at_once == 3, "what is more changes nothing"
 
 
 def test_too_few_rows_for_one_picture_are_refused(make: Callable[..., Evaluator]) -> None:

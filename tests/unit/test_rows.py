@@ -141,6 +141,14 @@ def test_automatic_rows_are_settled_for_every_command(runs: TinyRuns, capsys: py
     assert runs("predict", "d", flag, start, "--data.predict_prompts=[a red circle]") == 0
 
 
+def test_a_checkpoint_of_another_balance_is_refused(runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    path = runs.fit("a", "--model.balance_over=2", "--trainer.max_steps=1")
+    resume = f"--ckpt_path={Path(path) / 'checkpoints' / 'last.ckpt'}"
+    assert runs("fit", "a", "--trainer.max_steps=2", resume) == 2
+    assert "model.balance_over was 2" in capsys.readouterr().err
+    runs.fit("a", "--model.balance_over=2", "--trainer.max_steps=2", resume)
+
+
 def test_a_checkpoint_of_other_rows_is_refused(runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
     path = runs.fit("a", "--model.rows_per_forward=auto", "--trainer.max_steps=1")
     resume = f"--ckpt_path={Path(path) / 'checkpoints' / 'last.ckpt'}"
