@@ -69,6 +69,8 @@ class Processes:
     """Repetitions in which every process of this number and of the fewest had a core all the time."""
     quiet_speedup: Spread | None
     """The speed-up in these; None where there are none."""
+    cpu_speedup: Spread
+    """By the CPU time of the process that took the most: the speed-up with a free core for each, waiting apart."""
     loads: tuple[int, ...]
     """Pictures of each."""
 
@@ -125,14 +127,14 @@ def measure_processes(options: Options, world_sizes: Sequence[int]) -> tuple[Pro
 def _summarised(passes: Sequence[_Pass], world_sizes: Sequence[int], num_images: int) -> tuple[Processes, ...]:
     if len({one.rewards for one in passes}) != 1:
         raise UserError("The rewards depend on the number of processes, which they must not. Report this as a bug.")
-    timings, idle, cores, loads = {}, {}, {}, {}
+    timings, idle, cores, cpu, loads = {}, {}, {}, {}, {}
     for world_size in world_sizes:
         by_rank = [[one for one in passes if (one.world_size, one.rank) == (world_size, r)] for r in range(world_size)]
         timings[world_size] = Timing(tuple(one.seconds for one in by_rank[0]))
         busy = np.array([[one.busy_seconds for one in rank] for rank in by_rank])
         idle[world_size] = Spread.of((1 - busy.mean(axis=0) / busy.max(axis=0)).tolist())
-        shares = np.array([[one.cpu_seconds / one.busy_seconds for one in rank] for rank in by_rank])
-        cores[world_size] = shares.min(axis=0)
+        used = np.array([[one.cpu_seconds for one in rank] for rank in by_rank])
+        cores[world_size], cpu[world_size] = (used / busy).min(axis=0), used.max(axis=0)
         loads[world_size] = tuple(rank[0].num_pictures for rank in by_rank)
     fewest, found = world_sizes[0], []
     for w in world_sizes:
@@ -148,6 +150,7 @@ def _summarised(passes: Sequence[_Pass], world_sizes: Sequence[int], num_images:
                 core_shares=tuple(cores[w].tolist()),
                 num_quiet=len(quiet),
                 quiet_speedup=Spread.of(ratios.tolist()) if len(quiet) else None,
+                cpu_speedup=Spread.of((cpu[fewest] / cpu[w]).tolist()),
                 loads=loads[w],
             )
         )

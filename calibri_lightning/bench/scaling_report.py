@@ -89,10 +89,13 @@ class ScalingReport:
     def _process_lines(self) -> list[str]:
         if not self.processes:
             return []
-        head = f"{'processes':>9}{'images/s':>10}{'speed-up':>20}{'undisturbed':>27}{'idle':>24}  pictures of each"
+        head = (
+            f"{'processes':>9}{'images/s':>10}{'speed-up':>19}{'undisturbed':>23}{'by CPU time':>19}{'idle':>20}"
+            "  pictures of each"
+        )
         rows = [
-            f"{one.world_size:>9}{one.images_per_second:>10.3g}{format_spread(one.speedup):>20}"
-            f"{_undisturbed(one):>27}{_percent(one.idle_share):>24}  {', '.join(map(str, one.loads))}"
+            f"{one.world_size:>9}{one.images_per_second:>10.3g}{format_spread(one.speedup):>19}{_undisturbed(one):>23}"
+            f"{format_spread(one.cpu_speedup):>19}{_percent(one.idle_share):>20}  {', '.join(map(str, one.loads))}"
             + (f"  (more processes than the {self.cores} cores)" if one.world_size > self.cores else "")
             for one in self.processes
         ]

@@ -146,6 +146,7 @@ def test_only_undisturbed_repetitions_count_as_such() -> None:
     assert (second.num_quiet, second.quiet_speedup) == (1, Spread(2.0, 2.0, 2.0)), "the first repetition"
     assert first.num_quiet == 2
     assert second.speedup.median == 2.0
+    assert second.cpu_speedup == Spread.of([4.0 / 2.0, 4.0 / 2.0, 4.2 / 1.9])
     assert second.idle_share.median == 0
     with pytest.raises(UserError, match="depend on the number of processes"):
         processes._summarised([*alone, replace(both[0], rewards="other")], (1, 2), 4)
