@@ -12,6 +12,7 @@ from calibri_lightning.calibration import Attachment, Layout
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.lockstep import Lockstep
 from calibri_lightning.sampling.rows import automatic_rows
 
 
@@ -45,6 +46,8 @@ class Engine:
         self.attachment, self._rewards, self._overlap = attachment, rewards, overlap_scoring
         self.rows_are_automatic = rows_per_forward == "auto"
         self.rows_per_forward: int | None = None
+        self.lockstep = Lockstep()
+        """Which ranks hold the model together."""
         self._evaluator: Evaluator | None = None
         self._is_compiled = False
         if compile:
@@ -73,7 +76,9 @@ class Engine:
             UserError: If they are below the number of members.
         """
         self.rows_per_forward = rows
-        self._evaluator = Evaluator(self.backbone, self.attachment, self.layout, self._rewards, rows, self._overlap)
+        self._evaluator = Evaluator(
+            self.backbone, self.attachment, self.layout, self._rewards, rows, self._overlap, self.lockstep
+        )
 
     def start(
         self,

@@ -45,7 +45,10 @@ class Rollout(Generic[T]):
     units: tuple[range, ...]
     """Slots of every unit, this rank's or not."""
     kept: Mapping[int, T]
-    """What this rank keeps, by number of the unit."""
+    """What this rank keeps, by number of the unit: of its own ones, or of another, where it has none and others wait
+    for its forwards (`sampling.lockstep`)."""
+    shares: tuple[range, ...]
+    """Numbers of each rank's units."""
     total: Floats
     """Weighted sum of the rewards of each slot, float64 [S]; NaN where one failed."""
     each: Mapping[str, Floats]
@@ -81,7 +84,9 @@ def roll_out_units(
     units, shape = slots.units(unit_size), (1, len(slots.prompts))
     grid = Grid.empty((*evaluator.rewards.names, _DIVERSITY), shape)
     kept: dict[int, T] = {}
-    mine = range(trainer.global_rank, len(units), trainer.world_size)
+    lockstep = module.engine.lockstep
+    shares = tuple(range(rank, len(units), trainer.world_size) for rank in range(trainer.world_size))
+    late = lockstep.late()
     failure: Exception | None = None
 
     def score(index: int, images: Tensor) -> UnitResult:
@@ -95,12 +100,16 @@ def roll_out_units(
 
     try:
         with Behind(evaluator.backbone.device, evaluator.num_scoring) as behind, torch.no_grad():
-            for index in mine:
-                drawn = draw(units[index])
-                images = evaluator.backbone.decode(drawn.latents)
-                behind.submit(partial(score, index, images), partial(finish, drawn.num_forwards))
-                kept[index] = drawn.kept
+            for index, counts in lockstep.turns(shares, trainer.global_rank, 0):
+                with lockstep.forwards():
+                    drawn = draw(units[index])
+                    images = evaluator.backbone.decode(drawn.latents)
+                kept.setdefault(index, drawn.kept)
+                if counts and not late.is_there:
+                    with late.kept():
+                        behind.submit(partial(score, index, images), partial(finish, drawn.num_forwards))
                 del images, drawn
+            late.raise_it()
     except torch.OutOfMemoryError as error:
         failure = UserError(
             f"{unit_size} pictures of a unit do not fit into the memory of {evaluator.backbone.device}. A unit is made "
@@ -109,6 +118,8 @@ def roll_out_units(
         failure.__cause__ = error
     except Exception as error:
         failure = error
+    if failure is not None and lockstep.is_lost:
+        raise failure
     # The other ranks wait in `gather`: they are told before this one stops.
     grid.failed = failure is not None
     owners = {Cell(0, slot): i % trainer.world_size for i, unit in enumerate(units) for slot in unit}
@@ -120,7 +131,7 @@ def roll_out_units(
     each = dict(zip(grid.names, grid.values[1:, 0], strict=True))
     spread = each.pop(_DIVERSITY)
     diversity = float(spread[np.isfinite(spread)].mean()) if np.isfinite(spread).any() else np.nan
-    return Rollout(units, kept, grid.values[0, 0], each, diversity, grid.num_images, grid.num_forwards)
+    return Rollout(units, kept, shares, grid.values[0, 0], each, diversity, grid.num_images, grid.num_forwards)
 
 
 def cleaned(latents: Tensor) -> Tensor:
