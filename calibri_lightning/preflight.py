@@ -13,8 +13,6 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 CUTTING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 """Strategies of Lightning for models that do not fit one GPU."""
-SHARDED = "calibri_lightning.sharding.strategy.Sharded"
-"""Ours."""
 
 
 def check_precision(precision: str) -> None:
@@ -48,8 +46,8 @@ def check_strategy(strategy: object) -> None:
     if cutting is not None and not hasattr(strategy, "shard_mesh"):
         raise UserError(
             f"trainer.strategy is {lines[0]}, which cuts every parameter up among ranks, or leaves that to a module "
-            f"that is written for it. For a model that does not fit one GPU use --trainer.strategy={SHARDED}; where it "
-            "fits, --trainer.strategy=ddp."
+            f"that is written for it. For a model that does not fit one GPU use --trainer.strategy=sharded "
+            "(calibri_lightning.Sharded); where it fits, --trainer.strategy=ddp."
         )
 
 

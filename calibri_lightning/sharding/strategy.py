@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.constants import default_pg_timeout
 
 from calibri_lightning.errors import UserError
@@ -75,38 +73,13 @@ class Sharded(ModelParallelStrategy):
         assert self.lightning_module is not None
         return {name: parameter.detach() for name, parameter in own_parameters(self.lightning_module)}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes one file, on rank 0.
-
-        Args:
-            checkpoint: Its content.
-            filepath: Where to.
-            storage_options: For the checkpoint's plugin.
-        """
-        super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads one file, on every rank, whatever strategy wrote it.
-
-        Args:
-            checkpoint_path: The file.
-            weights_only: For the checkpoint's plugin.
-
-        Returns:
-            Its content.
-        """
-        return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Puts a checkpoint's tensors into the module; the parent does it while it reads the file.
-
-        Args:
-            checkpoint: The checkpoint.
-            strict: Whether keys must agree.
-        """
-        assert self.lightning_module is not None
-        state: Mapping[str, Tensor] = checkpoint["state_dict"]
-        self.lightning_module.load_state_dict(state, strict=strict)
+    # Nothing that is saved is cut up, so that files are those of any other strategy, and either reads the other's. The
+    # parent gathers and scatters states, and fails on the stand-in for an optimiser of a search (lightning 2.6.6).
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+    load_model_state_dict = Strategy.load_model_state_dict
+    optimizer_state = Strategy.optimizer_state
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
 
 
 def check_ranks_per_replica(ranks_per_replica: int | None) -> None:
