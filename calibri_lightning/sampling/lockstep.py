@@ -12,6 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
+
+from calibri_lightning.errors import UserError
+
 
 class Turn(NamedTuple):
     """A unit that a rank runs."""
@@ -61,16 +65,29 @@ class Lockstep:
 
         Yields:
             Nothing.
+
+        Raises:
+            UserError: If another rank has left.
         """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.is_lost = self.binds
+            if self.is_lost and _is_broken_connection(error):
+                raise UserError(
+                    "Another rank that holds the model together with this one has left; its own message says why. Fix "
+                    "that and run again."
+                ) from error
             raise
 
     def late(self) -> LateFailure:
         """Makes what keeps a failure between forwards until all of them are done."""
         return LateFailure(self)
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    # NCCL's errors have a class; gloo's are known by the file of its source that they name (torch 2.13).
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 class LateFailure:
