@@ -112,8 +112,8 @@ class Engine:
         if self._evaluator is None:
             if self.lockstep.binds and self.backbone.device.type == "cuda":
                 raise UserError(
-                    "model.rows_per_forward is auto, which tries what a device takes; ranks that hold the model together "
-                    "cannot try that each for itself. Give a number: plan with --device_memory estimates it."
+                    "model.rows_per_forward is auto, which tries what a device takes; ranks that hold the model "
+                    "together cannot try that each for itself. Give a number: plan with --device_memory estimates it."
                 )
             longest = max(prompts, key=lambda prompt: len(prompt.text), default=Prompt("", 0))
             with forward_context():

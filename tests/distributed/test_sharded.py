@@ -137,7 +137,9 @@ def test_gradients_are_those_of_one_process(name: str, tiny_folder: Path, tmp_pa
     assert not one["cut"]
     assert first["budget"] == second["budget"] == one["budget"], "what is run in vain must not count"
     for key, tensor in one["tensors"].items():
-        ours, theirs, alone = (torch.from_numpy(part) for part in (first["tensors"][key], second["tensors"][key], tensor))
+        ours, theirs, alone = (
+            torch.from_numpy(part) for part in (first["tensors"][key], second["tensors"][key], tensor)
+        )
         assert torch.equal(ours, theirs), f"{key} differs between ranks"
         # Adam divides by the size of the gradient: where that is rounding noise, steps of lr may differ in sign.
         assert (ours - alone).abs().max() < 2 * 2 * 3e-3, key

@@ -143,7 +143,10 @@ def test_neither_a_start_nor_a_checkpoint_mixes_options(tmp_path: Path) -> None:
         load_start(str(tmp_path), fused, model)
     trained = nn.ParameterDict({"theta": nn.Parameter(torch.ones(4))})
     weights = FixedWeights.of(model, ())
-    checkpoint = {"calibri_lightning": {"describes": describe(trained, split, model, weights)}, "state_dict": dict(trained)}
+    checkpoint = {
+        "calibri_lightning": {"describes": describe(trained, split, model, weights)},
+        "state_dict": dict(trained),
+    }
     require_same(describe(trained, split, model, weights), checkpoint)
     with pytest.raises(UserError, match=r"act on other sites \(cross_attention, split_fused\)"):
         require_same(describe(trained, fused, model, weights), checkpoint)
