@@ -179,7 +179,7 @@ def make_plan(backbone: Native, situation: Situation) -> MemoryPlan:
 
 def _shards(backbone: Native, situation: Situation) -> ShardPlan | None:
     ranks = situation.ranks_per_replica
-    return None if ranks == 1 else plan_shards(backbone.transformer, ranks, situation.on_cpu)
+    return None if ranks == 1 else plan_shards(backbone.transformer, ranks)
 
 
 def _training(backbone: Native, situation: Situation) -> TrainingPlan | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,6 @@ from calibri_lightning.errors import UserError
 from calibri_lightning.planning.configured import class_of
 from calibri_lightning.sharding.cut import blocks_of
 from calibri_lightning.sharding.strategy import Sharded, shards_of
-
-_BLOCKS_ON_CPU = 2
-"""Blocks' worth of memory while one is gathered: what arrives from the ranks, and the weights it is copied to."""
-_BLOCKS_ON_DEVICE = 3
-"""One more: the next block arrives while this one computes."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +29,12 @@ class ShardPlan:
     """Peak of what it gathers in a forward."""
 
 
-def plan_shards(transformer: nn.Module, ranks: int, on_cpu: bool) -> ShardPlan:
+def plan_shards(transformer: nn.Module, ranks: int) -> ShardPlan:
     """Counts as torch's fully_shard divides: each weight by its first dimension, rounded up; a LoRA stays whole.
 
     Args:
         transformer: The transformer, whole; it may be a sketch.
         ranks: Ranks that hold one copy.
-        on_cpu: Whether they compute on CPUs, where nothing is gathered ahead.
 
     Returns:
         The plan.
@@ -54,10 +48,18 @@ def plan_shards(transformer: nn.Module, ranks: int, on_cpu: bool) -> ShardPlan:
         _share((parameter for parameter in group if id(parameter) not in left_whole), ranks)
         for group in (*blocks, outside)
     )
-    at_once = _BLOCKS_ON_CPU if on_cpu else _BLOCKS_ON_DEVICE
-    # What is outside of the blocks stays gathered while they run.
-    gathered = ranks * max(root + at_once * max(shares), 2 * root)
-    return ShardPlan(ranks, sum(shares) + root, gathered)
+    return ShardPlan(ranks, sum(shares) + root, ranks * _most_gathered(root, shares))
+
+
+def _most_gathered(root: int, blocks: Sequence[int]) -> int:
+    """Peak of what is gathered in a forward, in shares.
+
+    What is outside of the blocks is gathered first, and stays while they run. A block takes its own size twice while
+    it is gathered: the pieces as they arrive, and the weights that they are copied to. The pieces of what was gathered
+    before it are given up only then (torch 2.13).
+    """
+    before = (root, *blocks[:-1])
+    return max(2 * root, *(root + earlier + 2 * block for earlier, block in zip(before, blocks, strict=True)))
 
 
 def _share(parameters: Iterable[Tensor], ranks: int) -> int:

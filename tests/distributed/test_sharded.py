@@ -1,4 +1,4 @@
-"""A model that ranks hold together gives what a whole one gives, whoever has how much to do, and nobody waits for ever."""
+"""A model that ranks hold together gives what a whole one gives, and no rank waits for ever for another."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
+from memory_tools import measured_peak
 from metric_tools import on_ranks
 from quiet_trainer import quiet_trainer
 from run_files import checkpoint, column, last, pictures
 from tiny_policies import policy_module
 from tiny_runs import CMA, TinyRuns, forked, rank_environments
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from calibri_lightning import SD3, DiffusionNFT, FlowGRPO, PromptData, Sharded
+from calibri_lightning import FLUX1, SD3, DiffusionNFT, FlowGRPO, PromptData, QwenImage, Sharded
+from calibri_lightning.backbones.native import Native
+from calibri_lightning.planning.shards import plan_shards
 from calibri_lightning.sampling.windows import AllSteps
+from calibri_lightning.sharding.cut import cut_up
 from calibri_lightning.strategies import Strategy
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_plots")]
@@ -176,6 +182,36 @@ def test_memory_that_runs_out_on_one_rank_ends_all(
     assert "Lower model.rows_per_forward" in log
     assert "has left" in log
     assert "Traceback" not in log
+
+
+SHARED_MODELS: dict[str, Callable[[], Native]] = {
+    "shapes": lambda: SD3("shapes"),
+    "flux1": lambda: FLUX1.of(tiny_pipelines.fresh(tiny_pipelines.flux1), 32, 48),
+    "qwen": lambda: QwenImage.of(tiny_pipelines.fresh(tiny_pipelines.qwen_image), 32, 48),
+}
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("family", SHARED_MODELS)
+def test_a_plan_knows_what_a_rank_holds_and_gathers(family: str, number: int) -> None:
+    """Bytes of the pieces, and the peak of a forward as the profiler sees it, in which activations are few."""
+
+    def on_rank(rank: int) -> tuple[int, int]:
+        cut_up(backbone.transformer, init_device_mesh("cpu", (number,)))
+        backbone.probe_forward(1)
+        pieces = [p.to_local() for p in backbone.transformer.parameters() if isinstance(p, DTensor)]
+        held = sum(piece.untyped_storage().nbytes() for piece in pieces)
+        return held, measured_peak(lambda: backbone.probe_forward(1))
+
+    backbone = SHARED_MODELS[family]()
+    backbone.probe_forward(1)
+    activations = measured_peak(lambda: backbone.probe_forward(1))
+    plan = plan_shards(backbone.transformer, number)
+    whole = sum(parameter.nbytes for parameter in backbone.transformer.parameters())
+    assert whole / number <= plan.share_bytes < 1.05 * whole / number
+    for held, peak in on_ranks(on_rank, number):
+        assert held == plan.share_bytes
+        assert plan.gathered_bytes <= peak <= plan.gathered_bytes + activations
 
 
 def test_what_cannot_be_cut_is_refused(runs: TinyRuns, tmp_path: Path) -> None:
