@@ -36,6 +36,7 @@ from calibri_lightning.rewards.watch import Watch
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
 from calibri_lightning.sharding.cut import check_can_be_cut, cut_up
+from calibri_lightning.sharding.strategy import Sharded
 from calibri_lightning.stacking import parse_start
 from calibri_lightning.strategies.base import Candidate, Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
@@ -226,14 +227,15 @@ class CalibriModule(LightningModule):
 
         What has to be read of the whole model is read before: afterwards no rank has it.
         """
-        mesh = getattr(self._trainer and self._trainer.strategy, "shard_mesh", None)
-        if mesh is None or mesh.size() == 1 or self.engine.lockstep.binds:
+        # `load_from_checkpoint` calls this without a trainer.
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if not isinstance(strategy, Sharded) or strategy.shard_mesh.size() == 1 or self.engine.lockstep.binds:
             return
         transformer = self.backbone.transformer
         check_can_be_cut(transformer, isinstance(self.backbone, Native), self.policy.trains, self.engine.compiles)
         self.fixed_weights  # noqa: B018 - read while there is something to read
-        cut_up(transformer, mesh)
-        self.engine.lockstep.size = mesh.size()
+        cut_up(transformer, strategy.shard_mesh)
+        self.engine.lockstep.size = strategy.shard_mesh.size()
 
     def _start_stage(self) -> None:
         """Settles what a stage needs of the device; by now a checkpoint has been read."""

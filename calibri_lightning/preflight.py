@@ -43,7 +43,7 @@ def check_strategy(strategy: object) -> None:
     """
     lines = [kind.__name__ for kind in type(strategy).__mro__]
     cutting = next((name for name in lines if name in CUTTING_STRATEGIES), None)
-    if cutting is not None and not hasattr(strategy, "shard_mesh"):
+    if cutting is not None and not hasattr(type(strategy), "shard_mesh"):
         raise UserError(
             f"trainer.strategy is {lines[0]}, which cuts every parameter up among ranks, or leaves that to a module "
             f"that is written for it. For a model that does not fit one GPU use --trainer.strategy=sharded "
