@@ -139,11 +139,10 @@ def make_plan(backbone: Native, situation: Situation) -> MemoryPlan:
     if situation.on_cpu:
         resident += embedding_bytes * situation.num_texts
     shards = _shards(backbone, situation)
-    gathered = 0
+    gathered = in_training = 0
     if shards is not None:
-        whole = next(size.bytes for size in networks if components[size.name] is backbone.transformer)
-        resident += shards.share_bytes + _bytes(list(backbone.transformer.buffers())) - whole
-        gathered = shards.gathered_bytes
+        resident -= _bytes(list(backbone.transformer.parameters())) - shards.share_bytes
+        gathered, in_training = shards.gathered_bytes, shards.backward_bytes
     training = _training(backbone, situation)
     resident += training.resident if training is not None else 0
     rows = _rows(backbone, situation, resident + gathered)
@@ -169,7 +168,7 @@ def make_plan(backbone: Native, situation: Situation) -> MemoryPlan:
             "encoding": resident + (0 if keeps or choice == "cpu" else encoder_bytes),
             "sampling": resident + held + gathered + (sampling or 0),
             "decoding": resident + held + (decoding or 0),
-            **({} if training is None else {"training": resident + gathered + (training.backward_bytes or 0)}),
+            **({} if training is None else {"training": resident + in_training + (training.backward_bytes or 0)}),
         },
         training=training,
         shards=shards,

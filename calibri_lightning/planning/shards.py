@@ -16,6 +16,9 @@ from calibri_lightning.planning.configured import class_of
 from calibri_lightning.sharding.cut import blocks_of
 from calibri_lightning.sharding.strategy import Sharded, shards_of
 
+_BLOCKS_IN_BACKWARD = 4
+"""Blocks' worth of memory at most in a backward: one that computes, and the next, gathered ahead, on its way twice."""
+
 
 @dataclass(frozen=True)
 class ShardPlan:
@@ -27,6 +30,8 @@ class ShardPlan:
     """What the fullest of them holds, padding included."""
     gathered_bytes: int
     """Peak of what it gathers in a forward."""
+    backward_bytes: int
+    """The same with gradients; an upper bound."""
 
 
 def plan_shards(transformer: nn.Module, ranks: int) -> ShardPlan:
@@ -48,7 +53,8 @@ def plan_shards(transformer: nn.Module, ranks: int) -> ShardPlan:
         _share((parameter for parameter in group if id(parameter) not in left_whole), ranks)
         for group in (*blocks, outside)
     )
-    return ShardPlan(ranks, sum(shares) + root, ranks * _most_gathered(root, shares))
+    with_gradients = root + _BLOCKS_IN_BACKWARD * max(shares)
+    return ShardPlan(ranks, sum(shares) + root, *(ranks * n for n in (_most_gathered(root, shares), with_gradients)))
 
 
 def _most_gathered(root: int, blocks: Sequence[int]) -> int:

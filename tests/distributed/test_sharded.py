@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from calibri_lightning import FLUX1, SD3, DiffusionNFT, FlowGRPO, PromptData, QwenImage, Sharded
+from calibri_lightning.adapters.lora import LoraOptions, add_lora
 from calibri_lightning.backbones.native import Native
 from calibri_lightning.planning.shards import plan_shards
 from calibri_lightning.sampling.windows import AllSteps
@@ -191,27 +192,45 @@ SHARED_MODELS: dict[str, Callable[[], Native]] = {
 }
 
 
+def train_once(backbone: Native) -> None:
+    sigma = backbone.schedule(2)[1].expand(1)
+    backbone.velocity(backbone.noise([0]), sigma, backbone.example(2)).square().sum().backward()
+
+
+def peaks(works: Sequence[Callable[[], object]]) -> list[int]:
+    """Of each, when what it makes once and for all is there."""
+    found = []
+    for work in works:
+        work()
+        found.append(measured_peak(work))
+    return found
+
+
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("family", SHARED_MODELS)
 def test_a_plan_knows_what_a_rank_holds_and_gathers(family: str, number: int) -> None:
-    """Bytes of the pieces, and the peak of a forward as the profiler sees it, in which activations are few."""
+    """Bytes of the pieces, and peaks of a forward and of a backward as the profiler sees them."""
 
-    def on_rank(rank: int) -> tuple[int, int]:
-        cut_up(backbone.transformer, init_device_mesh("cpu", (number,)))
-        backbone.probe_forward(1)
+    def on_rank(rank: int) -> tuple[int, ...]:
+        backbone = SHARED_MODELS[family]()
+        add_lora(backbone.transformer, LoraOptions(2), 0)
+        works = (lambda: backbone.probe_forward(1), lambda: train_once(backbone))
+        alone = peaks(works)
+        mesh = init_device_mesh("cpu", (number,))
+        cutting = measured_peak(lambda: cut_up(backbone.transformer, mesh))
         pieces = [p.to_local() for p in backbone.transformer.parameters() if isinstance(p, DTensor)]
         held = sum(piece.untyped_storage().nbytes() for piece in pieces)
-        return held, measured_peak(lambda: backbone.probe_forward(1))
+        return held, cutting, *alone, *peaks(works)
 
-    backbone = SHARED_MODELS[family]()
-    backbone.probe_forward(1)
-    activations = measured_peak(lambda: backbone.probe_forward(1))
-    plan = plan_shards(backbone.transformer, number)
-    whole = sum(parameter.nbytes for parameter in backbone.transformer.parameters())
+    transformer = SHARED_MODELS[family]().transformer
+    whole = sum(parameter.nbytes for parameter in transformer.parameters())
+    plan = plan_shards(transformer, number)
     assert whole / number <= plan.share_bytes < 1.05 * whole / number
-    for held, peak in on_ranks(on_rank, number):
+    for held, cutting, forward_alone, backward_alone, forward, backward in on_ranks(on_rank, number):
         assert held == plan.share_bytes
-        assert plan.gathered_bytes <= peak <= plan.gathered_bytes + activations
+        assert cutting < held + 1024, "no second copy of the model while it is cut"
+        assert plan.gathered_bytes <= forward <= plan.gathered_bytes + forward_alone
+        assert 0.4 * plan.backward_bytes <= backward - backward_alone <= plan.backward_bytes
 
 
 def test_what_cannot_be_cut_is_refused(runs: TinyRuns, tmp_path: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_pipelines import flux1, fresh
 from tiny_runs import Capture, TinyRuns, refused
 from torch import nn
 
-from calibri_lightning import Sharded, UserError
+from calibri_lightning import FLUX1, Sharded, UserError
 from calibri_lightning.__main__ import main
+from calibri_lightning.backbones.loading import load_pipeline
 from calibri_lightning.planning.shards import plan_shards, read_ranks
 from calibri_lightning.preflight import check_strategy
 from calibri_lightning.shapes.pipeline import TINY, build_pipeline
@@ -115,15 +119,23 @@ def test_a_plan_is_of_one_rank(runs: TinyRuns, capsys: Capture) -> None:
     transformer = build_pipeline(TINY).transformer
     counted = plan_shards(transformer, 2)
     assert whole["shards"] is None
-    assert shared["shards"] == {
-        "ranks": 2,
-        "share_bytes": counted.share_bytes,
-        "gathered_bytes": counted.gathered_bytes,
-    }
+    assert shared["shards"] == asdict(counted)
     spared = sum(p.nbytes for p in transformer.parameters()) - counted.share_bytes
     for phase, peak in shared["phases"].items():
-        gathered = counted.gathered_bytes if phase in ("sampling", "training") else 0
-        assert peak == whole["phases"][phase] - spared + gathered, phase
+        gathered = {"sampling": counted.gathered_bytes, "training": counted.backward_bytes}
+        assert peak == whole["phases"][phase] - spared + gathered.get(phase, 0), phase
     assert whole["training"] == shared["training"], "a LoRA is whole on each rank"
     assert main([*words, "--trainer.strategy=sharded"]) == 0
     assert "on each of 2 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads Linux's table of mappings")
+def test_weights_are_mapped_from_their_files(tmp_path: Path) -> None:
+    """Processes of a machine then share one copy in its page cache, however many load the model."""
+    tiny = fresh(flux1)
+    tiny.to(torch.bfloat16).save_pretrained(tmp_path)
+    transformer = load_pipeline(FLUX1.pipelines, str(tmp_path), "bfloat16", None).transformer
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [tuple(int(end, 16) for end in row[0].split("-")) for row in mapped if row[-1].startswith(str(tmp_path))]
+    addresses = [parameter.data_ptr() for parameter in transformer.parameters()]
+    assert all(any(start <= address < end for start, end in spans) for address in addresses)
