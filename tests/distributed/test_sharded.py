@@ -78,6 +78,18 @@ def test_a_search_delivers_the_bytes_of_one_process(
         assert column(run, name) == column(alone, name), f"{name}: what is run in vain must not count"
 
 
+def test_a_fixed_lora_on_a_model_of_half_precision_delivers_the_bytes_of_one_process(
+    fit: Callable[..., Path], runs: TinyRuns
+) -> None:
+    policy = ("--model.strategy=FlowGRPO", "--model.strategy.num_groups=1", "--model.strategy.group_size=2")
+    lora = runs.fit("lora", *policy, "--model.lora.rank=2", "--trainer.max_steps=1", "--data.val=null")
+    flags = (*CMA, f"--model.init_from={lora}", "--model.backbone.dtype=bfloat16", "--trainer.max_steps=1")
+    one, shared = runs.fit("one", *flags), fit(2, "shared", SHARDED, *flags)
+    assert (one / "calibration.json").read_bytes() == (shared / "calibration.json").read_bytes()
+    weights = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (lora, shared)]
+    assert weights[0] == weights[1]
+
+
 def test_checkpoints_are_one_small_file_that_any_strategy_goes_on_from(
     fit: Callable[..., Path], runs: TinyRuns, alone: Path
 ) -> None:
