@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from calibri_lightning.data import PromptData
     from calibri_lightning.errors import UserError
     from calibri_lightning.module import CalibriModule
+    from calibri_lightning.sharding.strategy import Sharded
     from calibri_lightning.strategies import CMAES, Alternate, DiffusionNFT, FlowGRPO, PairES, Phase
 
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "PromptData": "data",
     "QwenImage": "backbones",
     "SD3": "backbones",
+    "Sharded": "sharding.strategy",
     "Stock": "backbones",
     "UserError": "errors",
     "ZImage": "backbones",
@@ -58,6 +60,7 @@ __all__ = [
     "Phase",
     "PromptData",
     "QwenImage",
+    "Sharded",
     "Stock",
     "UserError",
     "ZImage",

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 
 from calibri_lightning.checkpoint import CheckpointFiles, RunCheckpoint, check_exists
 from calibri_lightning.data import PromptData
@@ -34,8 +35,10 @@ from calibri_lightning.prompts import check_source
 from calibri_lightning.quiet import quieten
 from calibri_lightning.ranks import print_once
 from calibri_lightning.rewards.finding import check_reward
+from calibri_lightning.sharding.strategy import Sharded
 
 set_parsing_settings(add_print_completion_argument=True)
+StrategyRegistry.register("sharded", Sharded, "FSDP2 for the frozen transformer, one copy on all ranks", override=True)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # Steps are generations: nothing happens at an epoch's end, for there is one endless epoch.

@@ -58,6 +58,8 @@ def _measure(module: CalibriModule, way: Way, batch: PromptBatch, samples: int) 
     try:
         _describe(module, way, batch, table)
     except Exception as error:
+        if module.engine.lockstep.is_lost:
+            raise
         # The other ranks wait for this one: they are told before it stops.
         failure = error
     failures = _sum(module, torch.tensor([float(failure is not None)], device=module.device))
@@ -76,17 +78,21 @@ def _describe(module: CalibriModule, way: Way, batch: PromptBatch, table: Tensor
     ranks = (module.trainer.global_rank, module.trainer.world_size)
     seeds = module.noise_seeds(batch)
     # Outside of its steps the trainer does not set up a mixed precision, in which the scored pictures were drawn.
-    candidate = way.candidate
+    candidate, late = way.candidate, module.engine.lockstep.late()
     with module.trainer.precision_plugin.forward_context(), module.policy.using(candidate.weights):
         for cells, images in module.engine.evaluator.images(
             candidate.theta[None], batch.prompts, seeds, way.num_steps, None, *ranks
         ):
+            if late.is_there:
+                continue
             slots = [cell.slot for cell in cells]
             parts = [thumbnails(images)]
-            described = module.rewards.features(images.nan_to_num(0.0), [batch.prompts[slot] for slot in slots])
-            if described is not None:
-                parts.append(described.values)
-            table[slots] = torch.cat(parts, dim=1).to(table)
+            with late.kept():
+                described = module.rewards.features(images.nan_to_num(0.0), [batch.prompts[slot] for slot in slots])
+                if described is not None:
+                    parts.append(described.values)
+                table[slots] = torch.cat(parts, dim=1).to(table)
+    late.raise_it()
 
 
 def _sum(module: CalibriModule, values: Tensor) -> Tensor:

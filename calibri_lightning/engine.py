@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
+import torch
+
 from calibri_lightning.backbones import Backbone
 from calibri_lightning.backbones.compiling import check_compiler, compile_blocks
 from calibri_lightning.calibration import Attachment, Layout
+from calibri_lightning.errors import UserError
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.lockstep import Lockstep
 from calibri_lightning.sampling.rows import automatic_rows
 
 
@@ -48,6 +52,8 @@ class Engine:
         self.balance_over = balance_over
         self.rows_are_automatic = rows_per_forward == "auto"
         self.rows_per_forward: int | None = None
+        self.lockstep = Lockstep()
+        """Which ranks hold the model together."""
         self._evaluator: Evaluator | None = None
         self._is_compiled = False
         if compile:
@@ -82,7 +88,14 @@ class Engine:
         """
         self.rows_per_forward = rows
         self._evaluator = Evaluator(
-            self.backbone, self.attachment, self.layout, self._rewards, rows, self._overlap, self.balance_over
+            self.backbone,
+            self.attachment,
+            self.layout,
+            self._rewards,
+            rows,
+            self._overlap,
+            self.balance_over,
+            self.lockstep,
         )
 
     def start(
@@ -107,9 +120,16 @@ class Engine:
             UserError: If the device cannot do what the backbone's memory options ask.
         """
         negatives = [prompt.negative for prompt in prompts] if self.guided else []
-        self.backbone.prepare([prompt.text for prompt in prompts], negatives)
+        # A test runs in inference mode, whose tensors no later training step could use.
+        with torch.inference_mode(False):
+            self.backbone.prepare([prompt.text for prompt in prompts], negatives)
         self._rewards.prepare(self.backbone.device)
         if self._evaluator is None:
+            if self.lockstep.binds and self.backbone.device.type == "cuda":
+                raise UserError(
+                    "model.rows_per_forward is auto, which tries what a device takes; ranks that hold the model "
+                    "together cannot try that each for itself. Give a number: plan with --device_memory estimates it."
+                )
             longest = max(prompts, key=lambda prompt: len(prompt.text), default=Prompt("", 0))
             with forward_context():
                 found = automatic_rows(self.backbone, self.attachment, self.layout, longest)

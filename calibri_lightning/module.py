@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +18,17 @@ from calibri_lightning.adapters.policy import LIVE, Policy
 from calibri_lightning.arrays import Cells, Floats
 from calibri_lightning.assembly import DEFAULT_CALIBRATION, CalibrationConfig, assemble, ready_network
 from calibri_lightning.backbones import Backbone
-from calibri_lightning.calibration import fingerprint, load_start, weights_digest
+from calibri_lightning.backbones.native import Native
+from calibri_lightning.calibration import FixedWeights, fingerprint, load_start
 from calibri_lightning.checkpoint import run_checkpoint
 from calibri_lightning.conditions import Conditions
 from calibri_lightning.engine import Engine
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.progress import GenerationStats
 from calibri_lightning.evaluation.summary import Budget
-from calibri_lightning.launch.agreement import require_agreement
+from calibri_lightning.launch.agreement import checksum, require_agreement
 from calibri_lightning.launch.pulse import Pulse
-from calibri_lightning.preflight import check_negatives, check_precision
+from calibri_lightning.preflight import check_negatives, check_precision, check_strategy
 from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.prompts import fingerprint as prompts_digest
 from calibri_lightning.report import RunReport
@@ -36,6 +38,8 @@ from calibri_lightning.rewards.blend import Blend, Normalise
 from calibri_lightning.rewards.watch import Watch
 from calibri_lightning.sampling.grid import Evaluation, UnitResult
 from calibri_lightning.sampling.noise import noise_seed
+from calibri_lightning.sharding.cut import check_can_be_cut, cut_up
+from calibri_lightning.sharding.strategy import Sharded
 from calibri_lightning.stacking import parse_start
 from calibri_lightning.strategies.base import Candidate, Strategy
 from calibri_lightning.strategies.progress import ProgressLine, TraceRecorder
@@ -156,6 +160,11 @@ class CalibriModule(LightningModule):
             backbone, attachment, self.layout, self.rewards, rows_per_forward, compile, overlap_scoring, balance_over
         )
 
+    @cached_property
+    def fixed_weights(self) -> FixedWeights:
+        """What tells the weights apart that the run does not train."""
+        return FixedWeights.of(self.backbone.transformer, self.policy.network_names)
+
     @property
     def start(self) -> Candidate:
         """What the run began with."""
@@ -221,6 +230,7 @@ class CalibriModule(LightningModule):
         # All ranks at once: the trainer broadcasts the folder whenever it is asked for.
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         check_precision(self.trainer.precision)
+        check_strategy(self.trainer.strategy)
         self._require_agreement()
         for part in PARTS[stage]:
             check_negatives(self.layout.members, f"data.{part}", self._prompts(part))
@@ -232,12 +242,28 @@ class CalibriModule(LightningModule):
         model = fingerprint(self.backbone.transformer)
         facts = {
             "the model's shapes": model.sites_hash,
-            "the model's weights": weights_digest(self.backbone.transformer, with_adapter=True),
+            "the model's weights": self.fixed_weights.digest,
             "what the run starts from": self.start_theta.tobytes().hex(),
+            "what is trained": str(checksum(self.policy.parameters().values())),
             **{f"data.{part}": prompts_digest(self._prompts(part)) for part in PROMPT_PARTS},
         }
         fix = "Copy the same files to all machines, or put them where all can read them."
         require_agreement(self.trainer, "files", facts, fix)
+
+    def configure_model(self) -> None:
+        """Cuts the transformer up where the trainer's strategy lets ranks hold it together; a second call does nothing.
+
+        What has to be read of the whole model is read before: afterwards no rank has it.
+        """
+        # `load_from_checkpoint` calls this without a trainer.
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if not isinstance(strategy, Sharded) or strategy.shard_mesh.size() == 1 or self.engine.lockstep.binds:
+            return
+        transformer = self.backbone.transformer
+        check_can_be_cut(transformer, isinstance(self.backbone, Native), self.policy.trains, self.engine.compiles)
+        self.fixed_weights  # noqa: B018 - read while there is something to read
+        cut_up(transformer, strategy.shard_mesh)
+        self.engine.lockstep.size = strategy.shard_mesh.size()
 
     def _start_stage(self) -> None:
         """Settles what a stage needs of the device; by now a checkpoint has been read."""

@@ -11,6 +11,9 @@ from calibri_lightning.prompts import Prompt
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Settings of trainer.precision that leave parameters as they are."""
 
+CUTTING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+"""Strategies of Lightning for models that do not fit one GPU."""
+
 
 def check_precision(precision: str) -> None:
     """Refuses a precision that would cast theta.
@@ -26,6 +29,25 @@ def check_precision(precision: str) -> None:
             f"trainer.precision is {precision}, which casts every parameter, theta included; half precision "
             f"resolves scales near 1 no finer than 0.008. Use one of {', '.join(PRECISIONS)}, and set the "
             "backbone's dtype to bfloat16 to halve its memory."
+        )
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuses strategies of the trainer that would cut theta and a LoRA up together with the model, or not sum them.
+
+    Args:
+        strategy: The trainer's.
+
+    Raises:
+        UserError: If it is one of those, and not ours.
+    """
+    lines = [kind.__name__ for kind in type(strategy).__mro__]
+    cutting = next((name for name in lines if name in CUTTING_STRATEGIES), None)
+    if cutting is not None and not hasattr(type(strategy), "shard_mesh"):
+        raise UserError(
+            f"trainer.strategy is {lines[0]}, which cuts every parameter up among ranks, or leaves that to a module "
+            f"that is written for it. For a model that does not fit one GPU use --trainer.strategy=sharded "
+            "(calibri_lightning.Sharded); where it fits, --trainer.strategy=ddp."
         )
 
 

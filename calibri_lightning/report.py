@@ -139,7 +139,7 @@ class RunReport:
         merged = module.adapter.source if module.adapter is not None and module.adapter.merged else ""
         if start is None and not merged:
             return None
-        return WeightsRecord(base_digests(transformer), "" if start is None else str(start), merged)
+        return WeightsRecord(module.fixed_weights.base, "" if start is None else str(start), merged)
 
     def print_scores(self, scores: Mapping[str, float]) -> None:
         """Prints validation scores.

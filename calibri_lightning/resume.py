@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibri_lightning.calibration import Layout, SiteOptions, fingerprint, weights_digest
+from calibri_lightning.calibration import FixedWeights, Layout, SiteOptions, fingerprint
 from calibri_lightning.errors import UserError
 from calibri_lightning.evaluation.summary import Budget
 from calibri_lightning.rewards.watch import Watch
@@ -33,7 +33,7 @@ def save_run(module: CalibriModule, checkpoint: dict[str, Any]) -> None:
     """
     checkpoint["state_dict"] = keep_trainable(module, checkpoint["state_dict"])
     checkpoint[KEY] = {
-        "describes": describe(module, module.layout, module.backbone.transformer, module.policy.network_names),
+        "describes": describe(module, module.layout, module.backbone.transformer, module.fixed_weights),
         "trace": module.trace.state(),
         "blend": module.blend.state(),
         "watch": module.watch.state(),
@@ -57,7 +57,7 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
     """
     # First: where other tensors are trained, the frozen ones differ, too, and "other weights" would explain nothing.
     module.policy.require_trains(checkpoint[KEY]["policy"])
-    here = describe(module, module.layout, module.backbone.transformer, module.policy.network_names)
+    here = describe(module, module.layout, module.backbone.transformer, module.fixed_weights)
     require_same(here, checkpoint)
     module.budget, module.trace = Budget(*checkpoint[KEY]["budget"]), Trace(**checkpoint[KEY]["trace"])
     # Absent from checkpoints of versions that knew neither.
@@ -77,16 +77,14 @@ def restore_run(module: CalibriModule, checkpoint: Mapping[str, Any]) -> None:
         module.engine.evaluator.sample_at_most(at_once)
 
 
-def describe(
-    module: nn.Module, layout: Layout, transformer: nn.Module, network_names: Collection[str] = ()
-) -> dict[str, Any]:
+def describe(module: nn.Module, layout: Layout, transformer: nn.Module, weights: FixedWeights) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that loads it.
 
     Args:
         module: The module.
         layout: The meaning of theta.
         transformer: The model.
-        network_names: Names of its parameters that the run trains.
+        weights: What tells those of its weights apart that the run does not train.
 
     Returns:
         Plain values.
@@ -94,10 +92,10 @@ def describe(
     made = fingerprint(transformer)
     return {
         "model": [made.transformer_class, made.num_parameters, made.sites_hash],
-        "weights": weights_digest(transformer, with_adapter=True, trained=network_names),
+        "weights": weights.digest,
         "parameters": list(layout.names),
         "site_options": asdict(layout.site_options),
-        "trained": {name: list(p.shape) for name, p in _own_parameters(module)},
+        "trained": {name: list(p.shape) for name, p in own_parameters(module)},
     }
 
 
@@ -149,9 +147,17 @@ def keep_trainable(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     Returns:
         The module's own trainable part.
     """
-    names = {name for name, _ in _own_parameters(module)}
+    names = {name for name, _ in own_parameters(module)}
     return {name: tensor for name, tensor in state.items() if name in names}
 
 
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Lists what a module trains besides the networks: theta.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Parameters by name.
+    """
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad and not name.startswith("networks."))

@@ -20,7 +20,10 @@ API = ROOT / "docs" / "api"
 PACKAGE = "calibri_lightning"
 
 PAGES: Mapping[str, tuple[str, Sequence[str]]] = {
-    "run": ("The module, the data and the configuration of a run", ("module", "data", "assembly", "errors")),
+    "run": (
+        "The module, the data and the configuration of a run",
+        ("module", "data", "assembly", "sharding.strategy", "errors"),
+    ),
     "backbones": ("Models", ("backbones", "backbones.native", "backbones.memory")),
     "calibration": ("Scales, files, folding", ("calibration", "calibration.sites", "calibration.tables.helpers")),
     "strategies": (

@@ -10,11 +10,12 @@ from calibri_lightning.calibration.pipeline import fuse, load_calibration, unloa
 from calibri_lightning.calibration.restore import check_model, layout_for, load_start
 from calibri_lightning.calibration.scales import Layout, Member, MemberSpec, Rows, WeightMode, build_layout
 from calibri_lightning.calibration.sites import Granularity, Layer, Site, SiteOptions, Stream, find_sites
-from calibri_lightning.calibration.weights import WeightsRecord, base_digests, check_weights
+from calibri_lightning.calibration.weights import FixedWeights, WeightsRecord, base_digests, check_weights
 
 __all__ = [
     "Attachment",
     "CalibrationFile",
+    "FixedWeights",
     "Granularity",
     "Layer",
     "Layout",

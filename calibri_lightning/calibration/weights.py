@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calibri_lightning.adapters.full import TRANSFORMER
 from calibri_lightning.adapters.lora import plain_name
-from calibri_lightning.calibration.fingerprint import sampled_values
+from calibri_lightning.calibration.fingerprint import sampled_values, weights_digest
 from calibri_lightning.calibration.sites import unwrap
 from calibri_lightning.errors import UserError
 
@@ -36,6 +36,29 @@ class WeightsRecord:
         """What they are, for a message."""
         parts = [f"the weights in {self.transformer}"] if self.transformer else []
         return " and ".join([*parts, *([f"the merged adapter {self.merged}"] if self.merged else [])])
+
+
+@dataclass(frozen=True)
+class FixedWeights:
+    """What tells the weights apart that a run does not train; read once, for ranks may hold a part of them each."""
+
+    digest: str
+    """`weights_digest` of them, a fixed LoRA counted."""
+    base: tuple[str, ...]
+    """`base_digests`."""
+
+    @classmethod
+    def of(cls, transformer: nn.Module, trained: Collection[str]) -> FixedWeights:
+        """Reads the weights.
+
+        Args:
+            transformer: The transformer, whole.
+            trained: Names of the parameters that the run trains.
+
+        Returns:
+            The digests.
+        """
+        return cls(weights_digest(transformer, with_adapter=True, trained=trained), base_digests(transformer))
 
 
 def base_digests(transformer: nn.Module, other: Mapping[str, Tensor] | None = None) -> tuple[str, ...]:

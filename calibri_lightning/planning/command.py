@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from calibri_lightning.cli import parse_fit, run
 from calibri_lightning.commandline import exit_code
 from calibri_lightning.data import PromptData
 from calibri_lightning.errors import UserError
+from calibri_lightning.planning.configured import class_of
 from calibri_lightning.planning.estimate import MemoryPlan, Situation, make_plan
+from calibri_lightning.planning.shards import ShardPlan, read_ranks
 from calibri_lightning.planning.sketch import sketch_pipeline
 from calibri_lightning.planning.training import TrainingPlan, read_training
 from calibri_lightning.prompts import read_prompts
@@ -116,6 +117,7 @@ def plan_fit(config: dict[str, Any], device_bytes: int | None = None) -> tuple[M
         read_training(model, max(1, most)),
         None if model["lora"] is None else LoraOptions(**model["lora"]),
         parse_start(model["init_from"]).adapter is not None,
+        read_ranks(config["trainer"]),
     )
     height, width = backbone.image_size
     heading = (
@@ -127,12 +129,11 @@ def plan_fit(config: dict[str, Any], device_bytes: int | None = None) -> tuple[M
 
 
 def _sketch_backbone(config: dict[str, Any]) -> Native:
-    module, _, name = str(config["class_path"]).rpartition(".")
-    cls, given = getattr(import_module(module), name), dict(config.get("init_args") or {})
+    cls, given = class_of(config), dict(config.get("init_args") or {})
     if not (isinstance(cls, type) and issubclass(cls, Native)):
         raise UserError(
-            f"model.backbone is {name}, which runs a pipeline's own call: what that takes shows only when it runs. "
-            "A plan needs a native backbone."
+            f"model.backbone is {cls.__name__}, which runs a pipeline's own call: what that takes shows only when it "
+            "runs. A plan needs a native backbone."
         )
     pipe = sketch_pipeline(cls.pipelines, given["pretrained"], given["dtype"], given.get("revision"))
     backbone = cls.of(pipe, given.get("height"), given.get("width"))
@@ -201,6 +202,7 @@ def render(plan: MemoryPlan, heading: str) -> str:
         f"{'embeddings':<24}{texts}",
         f"{'one forward':<24}{forward}",
         f"{'activations':<24}{activations}",
+        *(() if plan.shards is None else _render_shards(plan.shards)),
         *(() if plan.training is None else _render_training(plan.training)),
         "",
         "expected peak of the device",
@@ -209,6 +211,11 @@ def render(plan: MemoryPlan, heading: str) -> str:
         *plan.notes,
     ]
     return "\n".join(lines)
+
+
+def _render_shards(plan: ShardPlan) -> list[str]:
+    share = f"{_size(plan.share_bytes)} of the transformer on each of {plan.ranks} ranks"
+    return [f"{'shards':<24}{share}, {_size(plan.gathered_bytes)} gathered in a forward"]
 
 
 def _render_training(plan: TrainingPlan) -> list[str]:

@@ -14,6 +14,7 @@ from calibri_lightning.backbones.native import Native
 from calibri_lightning.calibration import Layout, attach
 from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.planning.live import FusedAttention, LiveBytes
+from calibri_lightning.planning.shards import ShardPlan, plan_shards
 from calibri_lightning.planning.training import TrainingNeeds, TrainingPlan, plan_training, sketch_policy
 from calibri_lightning.sampling.rows import MOST_ROWS, check_rows, rows_by_rule
 
@@ -57,6 +58,8 @@ class Situation:
     """The LoRA that is trained, as configured."""
     starts_from_adapter: bool = False
     """Whether the run starts from an adapter, of which nothing is known before it is loaded."""
+    ranks_per_replica: int = 1
+    """Ranks that hold one copy of the transformer together."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class MemoryPlan:
     with gradients while the policy is trained on them."""
     training: TrainingPlan | None = None
     """What training with gradients takes on top; None for a search without."""
+    shards: ShardPlan | None = None
+    """What this process holds and gathers of the transformer; None where it has a whole one."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -133,9 +138,14 @@ def make_plan(backbone: Native, situation: Situation) -> MemoryPlan:
     resident = sum(size.bytes for size in networks) - (0 if keeps else encoder_bytes)
     if situation.on_cpu:
         resident += embedding_bytes * situation.num_texts
+    shards = _shards(backbone, situation)
+    gathered = in_training = 0
+    if shards is not None:
+        resident -= _bytes(list(backbone.transformer.parameters())) - shards.share_bytes
+        gathered, in_training = shards.gathered_bytes, shards.backward_bytes
     training = _training(backbone, situation)
     resident += training.resident if training is not None else 0
-    rows = _rows(backbone, situation, resident)
+    rows = _rows(backbone, situation, resident + gathered)
     check_rows(rows, num_members)
     pictures = rows // num_members
     notes = _notes(backbone, situation)
@@ -156,13 +166,19 @@ def make_plan(backbone: Native, situation: Situation) -> MemoryPlan:
         decoding_bytes=decoding,
         phases={
             "encoding": resident + (0 if keeps or choice == "cpu" else encoder_bytes),
-            "sampling": resident + held + (sampling or 0),
+            "sampling": resident + held + gathered + (sampling or 0),
             "decoding": resident + held + (decoding or 0),
-            **({} if training is None else {"training": resident + (training.backward_bytes or 0)}),
+            **({} if training is None else {"training": resident + in_training + (training.backward_bytes or 0)}),
         },
         training=training,
+        shards=shards,
         notes=tuple(notes),
     )
+
+
+def _shards(backbone: Native, situation: Situation) -> ShardPlan | None:
+    ranks = situation.ranks_per_replica
+    return None if ranks == 1 else plan_shards(backbone.transformer, ranks)
 
 
 def _training(backbone: Native, situation: Situation) -> TrainingPlan | None:

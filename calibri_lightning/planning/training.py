@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from calibri_lightning.adapters.policy import Policy, Trains
 from calibri_lightning.calibration import Layout, attach
 from calibri_lightning.calibration.scales import Rows
 from calibri_lightning.errors import UserError
+from calibri_lightning.planning.configured import class_of
 from calibri_lightning.planning.live import FusedAttention, LiveBytes
 from calibri_lightning.sampling.denoiser import Denoiser
 from calibri_lightning.strategies.alternate import Alternate
@@ -86,11 +86,11 @@ def read_training(model: dict[str, Any], most_pictures: int) -> TrainingNeeds | 
     Returns:
         What it needs, of phases in turn the most; None for a search without gradients.
     """
-    if issubclass(_class(model["strategy"]), Alternate):
+    if issubclass(class_of(model["strategy"]), Alternate):
         phases = [model | {"strategy": phase["strategy"]} for phase in model["strategy"]["init_args"]["phases"] or ()]
         return _most([needs for phase in phases if (needs := read_training(phase, most_pictures)) is not None])
     given = dict(model["strategy"].get("init_args") or {})
-    if not issubclass(_class(model["strategy"]), PolicyRun):
+    if not issubclass(class_of(model["strategy"]), PolicyRun):
         return None
     steps = int(given["num_steps"] or model["num_steps"])
     return TrainingNeeds(
@@ -121,16 +121,10 @@ def _most(phases: Sequence[TrainingNeeds]) -> TrainingNeeds | None:
     )
 
 
-def _class(config: dict[str, Any]) -> type:
-    module, _, name = str(config["class_path"]).rpartition(".")
-    found: type = getattr(import_module(module), name)
-    return found
-
-
 def _window_steps(config: dict[str, Any] | None, num_steps: int) -> int:
     from calibri_lightning.sampling.windows import AllSteps, Window
 
-    window: Window = AllSteps() if config is None else _class(config)(**config.get("init_args") or {})
+    window: Window = AllSteps() if config is None else class_of(config)(**config.get("init_args") or {})
     window.check(num_steps)
     return len(window.steps(0, 0, num_steps))
 

@@ -23,6 +23,7 @@ from calibri_lightning.errors import UserError
 from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
+from calibri_lightning.sampling.lockstep import Lockstep, Turn
 from calibri_lightning.sampling.overlap import Behind
 from calibri_lightning.sampling.rollout import Samples
 from calibri_lightning.sampling.rows import check_rows
@@ -53,6 +54,7 @@ class Evaluator:
         rows_per_forward: int,
         overlap_scoring: bool = True,
         balance_over: int = 1,
+        lockstep: Lockstep | None = None,
     ) -> None:
         """Joins a model, its scales and its rewards.
 
@@ -66,6 +68,7 @@ class Evaluator:
             overlap_scoring: Whether units are scored in other threads while the next is sampled, as many at a time as
                 the rewards can serve; no result depends on it.
             balance_over: Number of ranks among which every request is shared evenly; it fixes the units, too.
+            lockstep: Says which ranks hold the model together; by default each has one of its own.
 
         Raises:
             UserError: If rows_per_forward is below the number of members.
@@ -73,7 +76,7 @@ class Evaluator:
         num_members = len(layout.members)
         check_rows(rows_per_forward, num_members)
         self.backbone, self.attachment, self.layout, self.rewards = backbone, attachment, layout, rewards
-        self.overlap_scoring = overlap_scoring
+        self.overlap_scoring, self.lockstep = overlap_scoring, lockstep or Lockstep()
         self.cells_per_unit, self.balance_over = rows_per_forward // num_members, balance_over
         self._most_cells = self._agreed = self.cells_per_unit
 
@@ -127,12 +130,14 @@ class Evaluator:
         todo = [i for i, unit in enumerate(units) if any(np.isnan(rewards[cell]) for cell in unit)]
         grid = Grid.empty(self.rewards.names, shape)
         failure: Exception | None = None
+        turns = self._turns(todo, rank, world_size)
         try:
-            mine = share_of(todo, rank, world_size)
-            self._score(thetas, prompts, seeds, num_steps, units, mine, grid, done, held_out, seen, beat)
+            self._score(thetas, prompts, seeds, num_steps, units, turns, grid, done, held_out, seen, beat)
         except StopRequested as stop:
             grid.stop = stop.number
         except Exception as error:
+            if self.lockstep.is_lost:
+                raise
             # The other ranks wait in `gather`: they are told before this one stops.
             failure = error
             grid.failed = True
@@ -201,12 +206,23 @@ class Evaluator:
             world_size: Number of processes.
 
         Yields:
-            The cells of a unit and its pictures, float32 [B, 3, H, W] in 0..1; the middle frames of videos.
+            The cells of a unit and its pictures, float32 [B, 3, H, W] in 0..1; the middle frames of videos. Where ranks
+            hold the model together, go on to the end: others wait for the forwards.
         """
         wanted = np.ones((len(thetas), len(prompts)), dtype=bool) if cells is None else cells
         rows = self._rows(thetas)
-        for unit in share_of(cut_units(wanted, self.cells_per_unit, self.balance_over), rank, world_size):
-            yield unit, middle_frame(self._draw(unit, rows, prompts, seeds, num_steps)[0])
+        units = cut_units(wanted, self.cells_per_unit, self.balance_over)
+        for turn in self._turns(range(len(units)), rank, world_size):
+            unit = units[turn.unit]
+            images = middle_frame(self._draw(unit, rows, prompts, seeds, num_steps)[0])
+            if turn.counts:
+                yield unit, images
+
+    def _turns(self, todo: Sequence[int], rank: int, world_size: int) -> list[Turn]:
+        """What a rank draws: every world_size-th unit, and what the ranks that share its model need of it."""
+        return self.lockstep.turns(
+            [share_of(todo, r, world_size) for r in range(world_size)], rank, next(iter(todo), 0)
+        )
 
     def _score(
         self,
@@ -215,7 +231,7 @@ class Evaluator:
         seeds: Sequence[int],
         num_steps: int,
         units: Sequence[tuple[Cell, ...]],
-        mine: Sequence[int],
+        turns: Sequence[Turn],
         grid: Grid,
         done: Callable[[UnitResult], None] | None,
         held_out: bool,
@@ -234,16 +250,22 @@ class Evaluator:
             if done is not None:
                 done(result)
 
+        late = self.lockstep.late()
         with Behind(self.backbone.device, self.num_scoring) as behind:
-            for index in mine:
+            for index, counts in turns:
                 if beat is not None:
-                    beat(f"drawing unit {index + 1} of {len(units)}")
+                    with late.kept():
+                        beat(f"drawing unit {index + 1} of {len(units)}")
                 images, num_forwards = self._draw(units[index], rows, prompts, seeds, num_steps, behind.wait)
-                if seen is not None:
-                    seen(units[index], images)
-                behind.submit(partial(score, index, images), partial(finish, num_forwards))
+                if not counts or late.is_there:
+                    continue
+                with late.kept():
+                    if seen is not None:
+                        seen(units[index], images)
+                    behind.submit(partial(score, index, images), partial(finish, num_forwards))
                 # The scoring thread alone holds the pictures, and frees them when it is done.
                 del images
+            late.raise_it()
 
     def _rows(self, thetas: NDArray[np.float64]) -> Rows:
         rows = self.layout.rows(torch.tensor(np.asarray(thetas, dtype=np.float64)))
@@ -294,12 +316,18 @@ class Evaluator:
             try:
                 # Validation may run in inference mode, whose tensors no later training step could use: those that the
                 # backbone keeps (embeddings, positions) are made here.
-                with torch.inference_mode(False):
+                with torch.inference_mode(False), self.lockstep.forwards():
                     done = [self._sample(part, rows, prompts, seeds, num_steps) for part in parts]
                     images = torch.cat([self.backbone.decode(part.latents) for part in done])
                 return images, sum(part.num_forwards for part in done)
             except torch.OutOfMemoryError as error:
                 cause = error.with_traceback(None)
+            if self.lockstep.binds:
+                raise UserError(
+                    f"A unit of {len(unit)} pictures does not fit into the memory of {self.backbone.device}, and while "
+                    "ranks hold the model together none of them can cut its units by itself. Lower "
+                    "model.rows_per_forward."
+                ) from cause
             # Outside of the handler, whose traceback would keep the failed batch alive.
             settled = settle()
             torch.cuda.empty_cache()

@@ -172,7 +172,7 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
             # Gradient checkpointing runs the forward again inside of the backward, with the scales that are set then.
             with policy.attached():
                 found = replay(policy, trajectory, index, self.kernel)
-                self._check_ratio(found, trajectory, index, work)
+                record.failure = record.failure or self._check_ratio(found, trajectory, index, work)
                 mean = None if trajectory.means is None else trajectory.means[index].to(found.mean.device)
                 total, stats = grpo_loss(
                     _prediction(found),
@@ -203,19 +203,22 @@ class FlowGRPO(PolicyStrategy[Trajectory]):
         levels = (sigmas[step], sigmas[step + 1], sigmas[1])
         return StepNoise(self.kernel.std(*levels), self.kernel.coefficient(*levels), sigmas[step + 1] - sigmas[step])
 
-    def _check_ratio(self, found: Replay, trajectory: Trajectory, index: int, work: UnitWork[Trajectory]) -> None:
+    def _check_ratio(
+        self, found: Replay, trajectory: Trajectory, index: int, work: UnitWork[Trajectory]
+    ) -> UserError | None:
         """Fails closed: before any update the policy that is trained is the one that made the pictures."""
         if self.is_checked or not work.is_fresh:
-            return
+            return None
         difference = (found.log_prob.detach() - trajectory.log_probs[index]).exp() - 1
         worst = float(difference.nan_to_num().abs().max())  # a picture that went wrong is masked
-        if worst > self.ratio_tolerance:
-            raise UserError(
-                f"Before the first update the probability ratio of step {trajectory.steps[index]} differs from 1 by "
-                f"{worst:.2g}: roll-out and replay do not compute the same, so that clips of {self.loss.clip_high:g} "
-                "would act on numerical noise. Turn off what differs with gradients (compile, an attention back end), "
-                "or set strategy.ratio_tolerance above this if it is small against the clips."
-            )
+        if worst <= self.ratio_tolerance:
+            return None
+        return UserError(
+            f"Before the first update the probability ratio of step {trajectory.steps[index]} differs from 1 by "
+            f"{worst:.2g}: roll-out and replay do not compute the same, so that clips of {self.loss.clip_high:g} "
+            "would act on numerical noise. Turn off what differs with gradients (compile, an attention back end), "
+            "or set strategy.ratio_tolerance above this if it is small against the clips."
+        )
 
 
 def _prediction(found: Replay) -> StepPrediction:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,23 @@ class GradientStep:
     def __init__(self, options: AdamWOptions, parameters: Mapping[str, nn.Parameter], bounds: ThetaBounds) -> None:
         self.options, self.parameters, self.bounds = options, dict(parameters), bounds
         self.optimizer = options.build(parameters)
+
+    @contextmanager
+    def discarded(self) -> Iterator[None]:
+        """Surrounds a backward pass that leaves no gradient: other ranks need it to happen, and nobody its result.
+
+        To multiply its loss by 0 would not do: 0 times infinity is NaN.
+
+        Yields:
+            Nothing.
+        """
+        before = {name: parameter.grad for name, parameter in self.parameters.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            yield
+        finally:
+            for name, grad in before.items():
+                self.parameters[name].grad = grad
 
     def step(self, world_size: int) -> float:
         """Steps along the gradients that backward passes have left, and clears them.

@@ -193,18 +193,36 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         """Takes the optimiser steps, each on its share of the units."""
         assert self._gradients is not None
         device, trainer = module.engine.evaluator.backbone.device, module.trainer
+        lockstep = module.engine.lockstep
         values = torch.from_numpy(worth.values.ravel()).to(device, torch.float32)
         mask = torch.from_numpy(worth.mask.ravel()).to(device)
         taken = 0
         for share in parts(rollout.units, self.settings.updates):
             count = sum(len(rollout.units[index]) for index in share)
+            turns = lockstep.turns(
+                [[index for index in share if index in own] for own in rollout.shares],
+                trainer.global_rank,
+                next(iter(rollout.kept), 0),
+            )
+            late = lockstep.late()
             with self._together(module):
-                for index in (index for index in share if index in rollout.kept):
+                for index, counts in turns:
                     unit = rollout.units[index]
-                    module.pulse.beat(f"training on unit {index + 1} of {len(rollout.units)}")
+                    with late.kept():
+                        module.pulse.beat(f"training on unit {index + 1} of {len(rollout.units)}")
                     here = slice(unit.start, unit.stop)
                     work = UnitWork(slots, unit, rollout.kept[index], values[here], mask[here], count, not taken)
-                    self.backward(module, work, record)
+                    with lockstep.forwards():
+                        if counts:
+                            self.backward(module, work, record)
+                        else:
+                            with self._gradients.discarded():
+                                self.backward(module, work, StepRecord(self.stats))
+                    if record.failure is not None and not lockstep.binds:
+                        break
+                if record.failure is not None:
+                    raise record.failure
+                late.raise_it()
             norm = self._gradients.step(trainer.world_size)
             record.grad_norms.append(norm)
             if not math.isfinite(norm):
@@ -232,6 +250,8 @@ class PolicyStrategy(PolicyRun, Generic[T]):
             failure.__cause__ = error
         except Exception as error:
             failure = error
+        if failure is not None and module.engine.lockstep.is_lost:
+            raise failure
         gathered = np.stack(module.gather(np.array([float(failure is not None), float(stop)])))
         failed, stop = gathered.max(axis=0)
         if failure is not None:

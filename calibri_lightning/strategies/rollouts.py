@@ -47,7 +47,10 @@ class Rollout(Generic[T]):
     units: tuple[range, ...]
     """Slots of every unit, this rank's or not."""
     kept: Mapping[int, T]
-    """What this rank keeps, by number of the unit."""
+    """What this rank keeps, by number of the unit: of its own ones, or of another, where it has none and others wait
+    for its forwards (`sampling.lockstep`)."""
+    shares: tuple[Sequence[int], ...]
+    """Numbers of each rank's units."""
     total: Floats
     """Weighted sum of the rewards of each slot, float64 [S]; NaN where one failed."""
     each: Mapping[str, Floats]
@@ -84,7 +87,9 @@ def roll_out_units(
     units, shape = slots.units(unit_size), (1, len(slots.prompts))
     grid = Grid.empty((*evaluator.rewards.names, _DIVERSITY), shape)
     kept: dict[int, T] = {}
-    mine = share_of(range(len(units)), trainer.global_rank, trainer.world_size)
+    lockstep = module.engine.lockstep
+    shares = tuple(share_of(range(len(units)), rank, trainer.world_size) for rank in range(trainer.world_size))
+    late = lockstep.late()
     failure: Exception | None = None
 
     def score(index: int, images: Tensor) -> UnitResult:
@@ -98,13 +103,18 @@ def roll_out_units(
 
     try:
         with Behind(evaluator.backbone.device, evaluator.num_scoring) as behind, torch.no_grad():
-            for index in mine:
-                module.pulse.beat(f"drawing unit {index + 1} of {len(units)}")
-                drawn = draw(units[index])
-                images = evaluator.backbone.decode(drawn.latents)
-                behind.submit(partial(score, index, images), partial(finish, drawn.num_forwards))
-                kept[index] = drawn.kept
+            for index, counts in lockstep.turns(shares, trainer.global_rank, 0):
+                with late.kept():
+                    module.pulse.beat(f"drawing unit {index + 1} of {len(units)}")
+                with lockstep.forwards():
+                    drawn = draw(units[index])
+                    images = evaluator.backbone.decode(drawn.latents)
+                kept.setdefault(index, drawn.kept)
+                if counts and not late.is_there:
+                    with late.kept():
+                        behind.submit(partial(score, index, images), partial(finish, drawn.num_forwards))
                 del images, drawn
+            late.raise_it()
     except torch.OutOfMemoryError as error:
         failure = UserError(
             f"{unit_size} pictures of a unit do not fit into the memory of {evaluator.backbone.device}. A unit is made "
@@ -115,6 +125,8 @@ def roll_out_units(
         grid.stop = stop.number
     except Exception as error:
         failure = error
+    if failure is not None and lockstep.is_lost:
+        raise failure
     # The other ranks wait in `gather`: they are told before this one stops.
     grid.failed = failure is not None
     owners = {Cell(0, slot): owner_of(i, trainer.world_size) for i, unit in enumerate(units) for slot in unit}
@@ -128,7 +140,7 @@ def roll_out_units(
     each = dict(zip(grid.names, grid.values[1:, 0], strict=True))
     spread = each.pop(_DIVERSITY)
     diversity = float(spread[np.isfinite(spread)].mean()) if np.isfinite(spread).any() else np.nan
-    return Rollout(units, kept, grid.values[0, 0], each, diversity, grid.num_images, grid.num_forwards)
+    return Rollout(units, kept, shares, grid.values[0, 0], each, diversity, grid.num_images, grid.num_forwards)
 
 
 def cleaned(latents: Tensor) -> Tensor:

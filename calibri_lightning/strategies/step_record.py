@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from calibri_lightning.arrays import Floats
+from calibri_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from calibri_lightning.strategies.loss_stats import SummedStats
@@ -31,6 +32,8 @@ class StepRecord:
         """Norm of the gradient in each optimiser step."""
         self.skipped = 0
         """Optimiser steps that were not taken, for their gradient was not finite."""
+        self.failure: UserError | None = None
+        """What a backward pass found wrong: raised when all are done, for other ranks may depend on this one's."""
 
     def add(self, stats: SummedStats, num_forwards: int) -> None:
         """Adds what a batch showed.

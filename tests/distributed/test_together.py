@@ -14,7 +14,8 @@ from run_files import last
 from test_policy_ranks import GRPO
 from tiny_runs import TinyRuns, forked, rank_environments
 
-from calibri_lightning import checkpoint, module
+from calibri_lightning import checkpoint
+from calibri_lightning.calibration import weights
 from calibri_lightning.launch import agreement
 from calibri_lightning.strategies.evolution import EvolutionStrategy
 from calibri_lightning.strategies.gradient_step import GradientStep
@@ -85,7 +86,7 @@ def test_other_settings_on_one_rank_are_named(pair: Pair, other: str, said: str)
 
 
 def test_other_files_on_one_rank_are_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "weights_digest", lambda *_, **__: os.environ["LOCAL_RANK"])
+    monkeypatch.setattr(weights, "weights_digest", lambda *_, **__: os.environ["LOCAL_RANK"])
     codes, log = pair()
     assert codes == [2, 2], log
     assert "has other files than rank 0" in log

@@ -18,7 +18,10 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-MAY_IMPORT_LIGHTNING = {"module.py", "data.py", "cli.py", "checkpoint.py", "launch/stopping.py", "launch/guard.py"}
+MAY_IMPORT_LIGHTNING = {
+    *("module.py", "data.py", "cli.py", "checkpoint.py"),
+    *("launch/stopping.py", "launch/guard.py", "sharding/strategy.py"),
+}
 NUMERIC_CORES = {"search.py", "ledger.py", "cma_core.py", "pair_core.py"}
 HEAVY = {"datasets", "diffusers", "matplotlib", "peft", "pyarrow", "tensorboard", "transformers"}
 

@@ -12,6 +12,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import DiffusionPipeline
+from memory_tools import measured_peak
 from tiny_runs import TinyRuns
 from torch import nn
 
@@ -98,20 +99,6 @@ def test_live_bytes_of_a_known_program() -> None:
         assert live.peak == 9600
         del c, d, e
         assert live._now == 0
-
-
-def measured_peak(work: Callable[[], object]) -> int:
-    """Bytes that the CPU's allocator gave at most, as the profiler saw it: kernels' own memory included."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    assert peak > 0
-    return peak
 
 
 def make_layout(backbone: Native) -> Layout:

@@ -18,6 +18,7 @@ from calibri_lightning import CalibrationConfig
 from calibri_lightning.assembly import assemble
 from calibri_lightning.calibration import (
     CalibrationFile,
+    FixedWeights,
     Granularity,
     Layout,
     SiteOptions,
@@ -141,14 +142,18 @@ def test_neither_a_start_nor_a_checkpoint_mixes_options(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="made with cross_attention false, split_fused true"):
         load_start(str(tmp_path), fused, model)
     trained = nn.ParameterDict({"theta": nn.Parameter(torch.ones(4))})
-    checkpoint = {"calibri_lightning": {"describes": describe(trained, split, model)}, "state_dict": dict(trained)}
-    require_same(describe(trained, split, model), checkpoint)
+    weights = FixedWeights.of(model, ())
+    checkpoint = {
+        "calibri_lightning": {"describes": describe(trained, split, model, weights)},
+        "state_dict": dict(trained),
+    }
+    require_same(describe(trained, split, model, weights), checkpoint)
     with pytest.raises(UserError, match=r"act on other sites \(cross_attention, split_fused\)"):
-        require_same(describe(trained, fused, model), checkpoint)
+        require_same(describe(trained, fused, model, weights), checkpoint)
     # A checkpoint from before there were options had the default ones.
-    old = describe(trained, fused, model)
+    old = describe(trained, fused, model, weights)
     del old["site_options"]
-    require_same(describe(trained, fused, model), {**checkpoint, "calibri_lightning": {"describes": old}})
+    require_same(describe(trained, fused, model, weights), {**checkpoint, "calibri_lightning": {"describes": old}})
 
 
 def test_halves_of_a_fused_block_are_the_halves_of_its_product() -> None:
