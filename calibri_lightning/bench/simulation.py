@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from calibri_lightning.arrays import Cells, Floats
+from calibri_lightning.launch.pulse import Pulse
 from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.rewards.blend import Blend
 from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
@@ -108,10 +109,16 @@ class _Wire:
     sent_bytes: int = 0
     received_bytes: int = 0
     num_collectives: int = 0
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def strategy(self) -> _Wire:
         """Itself: it also broadcasts."""
+        return self
+
+    @property
+    def lightning_module(self) -> _Wire:
+        """Itself: of the module only the pulse is asked for."""
         return self
 
     def broadcast(self, value: T) -> T:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import tiny_pipelines
+import tiny_rewards
 import torch
 from memory_tools import measured_peak
 from metric_tools import on_ranks
 from quiet_trainer import quiet_trainer
 from run_files import checkpoint, column, last, pictures
+from test_policy_ranks import GRPO
 from tiny_policies import policy_module
 from tiny_runs import CMA, TinyRuns, forked, rank_environments
 from torch import Tensor
@@ -251,3 +253,14 @@ def test_what_cannot_be_cut_is_refused(runs: TinyRuns, tmp_path: Path) -> None:
     log = (tmp_path / "log").read_text()
     assert "train: full" in log
     assert "Traceback" not in log
+
+
+def test_a_signal_to_one_rank_stops_all_that_hold_the_model(runs: TinyRuns, tmp_path: Path) -> None:
+    """The rank that is asked to stop goes on with its forwards, for which the other one waits."""
+    for name, flags in (("search", CMA), ("gradients", GRPO)):
+        calls = [{tiny_rewards.CALLS: str(tmp_path / f"{name}{rank}")} for rank in range(2)]
+        calls[1][tiny_rewards.SIGNAL_AT] = "SIGTERM 2"
+        words = runs.arguments("fit", name, SHARDED, "--trainer.devices=2", *flags, "--trainer.max_steps=4")
+        environments = [rank | own for rank, own in zip(rank_environments(2), calls, strict=True)]
+        codes = forked([words, words], environments, tmp_path / f"{name}.log")
+        assert codes == [143, 143], (tmp_path / f"{name}.log").read_text()

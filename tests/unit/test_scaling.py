@@ -76,7 +76,7 @@ def test_bytes_are_those_of_the_packed_grids_and_the_pickled_objects(
     found = simulate(work, Cost(), ranks, 5)
     names = [f"reward {i}" for i in range(num_rewards)]
     grid = 8 * len(Grid.empty(names, (17, 16)).pack())
-    assert grid == 8 * (4 + (1 + num_rewards) * 272)
+    assert grid == 8 * (5 + (1 + num_rewards) * 272)
     assert found.received_bytes == (ranks - 1) * grid
     # The task, two decisions (what to do, and that all is done), and the status.
     assert len(sent) == 4
