@@ -26,14 +26,14 @@ from calibri_lightning.launch.agreement import flat, require_agreement, require_
 from calibri_lightning.launch.guard import RankGuard
 from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.launch.rendezvous import meet
-from calibri_lightning.launch.restart import AUTO, is_restart, newest_checkpoint
+from calibri_lightning.launch.restart import AUTO, newest_checkpoint, record_launch
 from calibri_lightning.launch.stopping import RunEnd
 from calibri_lightning.launch.watch import EXIT_CODE, PATIENCE
 from calibri_lightning.module import PROMPT_PARTS, CalibriModule
 from calibri_lightning.naming import explain
 from calibri_lightning.prompts import check_source
 from calibri_lightning.quiet import quieten
-from calibri_lightning.ranks import print_once
+from calibri_lightning.ranks import LAUNCH, print_once
 from calibri_lightning.rewards.finding import check_reward
 from calibri_lightning.sharding.strategy import Sharded
 
@@ -105,6 +105,8 @@ class RunConfig(SaveConfigCallback):
         self.overwrite = True
         if stage == "fit" or not there:
             super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            record_launch(folder)
 
 
 class CalibriCLI(LightningCLI):
@@ -168,7 +170,7 @@ class CalibriCLI(LightningCLI):
         for name, reward in rewards_of(config["model"]) if self.subcommand != "predict" else ():
             check_reward(getattr(reward, "reward", None) or name, getattr(reward, "options", None))
         root = config["trainer"]["default_root_dir"] or "."
-        if config.get("ckpt_path") == AUTO or (self.subcommand == "fit" and is_restart()):
+        if config.get("ckpt_path") == AUTO or (self.subcommand == "fit" and LAUNCH in os.environ):
             self._go_on(Path(str(root)) / config["name"])
         if config.get("ckpt_path"):
             check_exists(config["ckpt_path"])
@@ -176,10 +178,13 @@ class CalibriCLI(LightningCLI):
             _check_writable(Path(str(root)))
 
     def _go_on(self, folder: Path) -> None:
-        """Takes the newest checkpoint of the run's name, of whatever attempt; what was given, where there is none."""
+        """Takes the newest checkpoint of this launch, or, for "auto", of the run's name; else what was given."""
         config = self.config[self.subcommand]
         folder = folder if config["trainer"]["logger"] is not False else folder.parent
-        found = newest_checkpoint(folder)
+        launch = os.environ.get(LAUNCH)
+        found = newest_checkpoint(folder, launch) if launch is not None and self.subcommand == "fit" else None
+        if found is None and config.get("ckpt_path") == AUTO:
+            found = newest_checkpoint(folder)
         if found is not None:
             print_once(f"Going on from {found}")
             config["ckpt_path"] = str(found)

@@ -19,6 +19,8 @@ PATIENCE = timedelta(seconds=5)
 """How long a rank waits for another one to print what that one undertook to print."""
 AGENT = "CALIBRI_LIGHTNING_AGENT"
 """Environment variable: address and port of torchrun's store, once the ranks have met in one of their own."""
+LAUNCH = "CALIBRI_LIGHTNING_LAUNCH"
+"""Environment variable: the name of this launch by torchrun, the same after each of its restarts."""
 MEETING = "CALIBRI_LIGHTNING_MEETING"
 """Environment variable: where the ranks have met, which tells one start of a launch from the next."""
 

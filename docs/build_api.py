@@ -50,8 +50,8 @@ SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 INDEX = """# API
 
 Written by `python docs/build_api.py` from the docstrings; a test compares. The tools behind `compare`, `export`,
-`convert`, `ablate`, `sweep`, `serve` and `bench` are not listed: they are used as commands. What `calibri_lightning`
-itself exports is in **bold**.
+`convert`, `ablate`, `sweep`, `serve` and `bench`, and what starts and watches several processes, are not listed: they
+are used as commands. What `calibri_lightning` itself exports is in **bold**.
 
 | page | names |
 |---|---|

@@ -14,16 +14,17 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from calibri_lightning.errors import UserError
-from calibri_lightning.ranks import AGENT, MEETING
+from calibri_lightning.ranks import AGENT, LAUNCH, MEETING
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 PATIENCE = 600.0
 """Seconds that ranks wait for each other: machines do not import at the same speed."""
-_KEY = "calibri_lightning/meeting"
+_KEY, _LAUNCH_KEY = "calibri_lightning/meeting", "calibri_lightning/launch"
 _ANSWER = timedelta(seconds=10)
 
 
@@ -60,6 +61,9 @@ def meet(patience: float = PATIENCE) -> Meeting | None:
     agent = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
     deadline = time.monotonic() + patience
     store = _open(agent, address, port, world_size, deadline) if rank == 0 else _find(agent, rank, deadline)
+    # Whoever comes first after the launch gives it a name; the agent's store outlives all restarts.
+    agent.compare_set(_LAUNCH_KEY, "", uuid4().hex)
+    os.environ[LAUNCH] = agent.get(_LAUNCH_KEY).decode()
     os.environ[AGENT] = f"{address}:{port}"
     os.environ[MEETING] = f"{store.host}:{store.port}"
     # From here on torch does what it does without an agent's store.

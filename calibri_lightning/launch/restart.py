@@ -7,21 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calibri_lightning.checkpoint import LAST, PREVIOUS, is_whole
+from calibri_lightning.ranks import LAUNCH
 
 AUTO = "auto"
 """Value of --ckpt_path: the newest whole checkpoint of the run's name; a fresh start where there is none."""
 
 
-def is_restart() -> bool:
-    """Whether torchrun started this process after an earlier one of the same launch had failed.
+LAUNCH_FILE = "launch.txt"
+"""File of a run's folder with the name of the launch that made it, where torchrun did."""
 
-    Returns:
-        True from the second start on.
+
+def record_launch(folder: Path) -> None:
+    """Notes which launch makes a run, so that a restart of the same launch finds it.
+
+    Args:
+        folder: The run's folder.
     """
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    launch = os.environ.get(LAUNCH)
+    if launch is not None:
+        (folder / LAUNCH_FILE).write_text(f"{launch}\n", encoding="utf-8")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Path, launch: str | None = None) -> Path | None:
     """Finds the newest whole checkpoint among the attempts of a run.
 
     All ranks find the same one: an attempt writes its first checkpoint after a training step, in which all ranks take
@@ -29,17 +36,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     Args:
         folder: Folder of the attempts (version_0, version_1 ...), or of the only one, where nothing numbers them.
+        launch: Look only at attempts of the launch of this name.
 
     Returns:
         The checkpoint; None where no attempt got so far.
     """
-    return next((path for path in _checkpoints(folder) if path.is_file() and is_whole(path)), None)
+    return next((path for path in _checkpoints(folder, launch) if path.is_file() and is_whole(path)), None)
 
 
-def _checkpoints(folder: Path) -> Iterator[Path]:
+def _checkpoints(folder: Path, launch: str | None) -> Iterator[Path]:
     """Checkpoints that may be there, the newest first."""
     attempts = [path for path in folder.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
     attempts.sort(key=lambda path: int(path.name.removeprefix("version_")), reverse=True)
     for attempt in (*attempts, folder):
-        for name in (LAST, PREVIOUS):
-            yield attempt / "checkpoints" / name
+        note = attempt / LAUNCH_FILE
+        if launch is None or (note.is_file() and note.read_text(encoding="utf-8").strip() == launch):
+            for name in (LAST, PREVIOUS):
+                yield attempt / "checkpoints" / name

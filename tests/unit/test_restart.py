@@ -14,6 +14,7 @@ from tiny_runs import Capture, TinyRuns, forked
 from calibri_lightning.checkpoint import LAST, PREVIOUS, CheckpointFiles, is_whole
 from calibri_lightning.errors import UserError
 from calibri_lightning.launch.restart import newest_checkpoint
+from calibri_lightning.ranks import LAUNCH
 from calibri_lightning.resume import KEY
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -53,12 +54,14 @@ def test_restarts_of_torchrun_go_on_as_auto_does(
     whole = runs.fit("whole", *STEPS)
     total = len((tmp_path / "calls").read_text().splitlines())
     (tmp_path / "calls").unlink()
-    killed = {tiny_rewards.KILL_AT: str(total)}
+    killed = {tiny_rewards.KILL_AT: str(total), LAUNCH: "this"}
     assert forked([runs.arguments("fit", "cut", *STEPS)], [killed], tmp_path / "log") == [-signal.SIGKILL]
     cut = runs.latest("cut")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert content(runs.fit("fresh", *STEPS)) == content(whole), "nothing to go on from: from the beginning"
+    monkeypatch.setenv(LAUNCH, "another")
     capsys.readouterr()
+    assert content(runs.fit("cut", *STEPS)) == content(whole), "of another launch: from the beginning"
+    assert "Going on" not in capsys.readouterr().err
+    monkeypatch.setenv(LAUNCH, "this")
     assert content(runs.fit("cut", *STEPS)) == content(whole)
     assert f"Going on from {last(cut)}" in capsys.readouterr().err
 
