@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,9 +27,9 @@ from calibri_lightning.launch.agreement import flat, require_agreement, require_
 from calibri_lightning.launch.guard import RankGuard
 from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.launch.rendezvous import meet
-from calibri_lightning.launch.restart import AUTO, newest_checkpoint, record_launch
+from calibri_lightning.launch.restart import AUTO, is_of_this_launch, newest_checkpoint, record_attempt
 from calibri_lightning.launch.stopping import RunEnd
-from calibri_lightning.launch.watch import EXIT_CODE, PATIENCE
+from calibri_lightning.launch.watch import PATIENCE
 from calibri_lightning.module import PROMPT_PARTS, CalibriModule
 from calibri_lightning.naming import explain
 from calibri_lightning.prompts import check_source
@@ -97,7 +98,9 @@ class RunConfig(SaveConfigCallback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         require_shared(trainer, folder)
         there = trainer.strategy.broadcast((folder / self.config_filename).is_file())
-        if there and stage == "fit" and not self.already_saved and not self.config.get("ckpt_path"):
+        root, name = Path(trainer.default_root_dir), str(self.config["name"])
+        again = trainer.strategy.broadcast(is_of_this_launch(root, name, folder))
+        if there and stage == "fit" and not self.already_saved and not self.config.get("ckpt_path") and not again:
             raise UserError(
                 f"The run folder {folder} holds an earlier run. Each run has a folder of its own: give another "
                 "--trainer.default_root_dir, or keep trainer.logger, which numbers the folders."
@@ -105,8 +108,8 @@ class RunConfig(SaveConfigCallback):
         self.overwrite = True
         if stage == "fit" or not there:
             super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero:
-            record_launch(folder)
+        if stage == "fit" and trainer.is_global_zero and "://" not in str(trainer.default_root_dir):
+            record_attempt(root, name, folder)
 
 
 class CalibriCLI(LightningCLI):
@@ -171,26 +174,30 @@ class CalibriCLI(LightningCLI):
             check_reward(getattr(reward, "reward", None) or name, getattr(reward, "options", None))
         root = config["trainer"]["default_root_dir"] or "."
         if config.get("ckpt_path") == AUTO or (self.subcommand == "fit" and LAUNCH in os.environ):
-            self._go_on(Path(str(root)) / config["name"])
+            self._go_on(Path(str(root)), config["name"])
         if config.get("ckpt_path"):
             check_exists(config["ckpt_path"])
         if "://" not in str(root):
             _check_writable(Path(str(root)))
 
-    def _go_on(self, folder: Path) -> None:
+    def _go_on(self, root: Path, name: str) -> None:
         """Takes the newest checkpoint of this launch, or, for "auto", of the run's name; else what was given."""
         config = self.config[self.subcommand]
-        folder = folder if config["trainer"]["logger"] is not False else folder.parent
         launch = os.environ.get(LAUNCH)
-        found = newest_checkpoint(folder, launch) if launch is not None and self.subcommand == "fit" else None
+        found = newest_checkpoint(root, name, launch) if launch is not None and self.subcommand == "fit" else None
         if found is None and config.get("ckpt_path") == AUTO:
-            found = newest_checkpoint(folder)
+            found = newest_checkpoint(root, name)
+        if found is None and launch is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            print_once("This launch has left no checkpoint yet: it starts as it did before")
         if found is not None:
             print_once(f"Going on from {found}")
             config["ckpt_path"] = str(found)
         elif config.get("ckpt_path") == AUTO:
             if self.subcommand != "fit":
-                raise UserError(f"--ckpt_path is auto, and there is no whole checkpoint under {folder}. Give a path.")
+                raise UserError(
+                    f"--ckpt_path is auto, and there is no whole checkpoint of a run named {name} in {root}. "
+                    "Give a path."
+                )
             config["ckpt_path"] = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -292,8 +299,8 @@ def run(
         module: What is run, for commands that do something else than fit and test with it.
 
     Returns:
-        Exit code: 0, 2 for a user's mistake, 75 for the end of another rank, 130 when interrupted, 143 on SIGTERM, 138
-        on SIGUSR1.
+        Exit code: 0, 2 for a user's mistake, 75 for a rank that hangs or is gone, 130 when interrupted, 143 on SIGTERM,
+        138 on SIGUSR1. Where a rank fails, the others end with its code.
     """
     quieten()
     end, guard = RunEnd(), RankGuard()
@@ -308,12 +315,15 @@ def run(
     except BaseException as error:
         outcome = error
     code, message = _judge(outcome, end, guard)
-    guard.leave(code, message or repr(outcome))
+    # First said, then left: a launcher kills the others' rank 0 as soon as one of them has gone.
     if message:
         print_once(message)
+    elif code == _CRASH and outcome is not None and guard.is_active:
+        traceback.print_exception(outcome)
     if code:
         end.print_hint()
-    if code == _CRASH and outcome is not None:
+    guard.leave(code, message or repr(outcome))
+    if code == _CRASH and not message and outcome is not None and not guard.is_active:
         raise outcome
     return code
 
@@ -325,6 +335,8 @@ def _judge(error: BaseException | None, end: RunEnd, guard: RankGuard) -> tuple[
     """Turns what ended a run into an exit code and a message; 1 for what nobody foresaw."""
     if error is None:
         return 0, ""
+    if (other := guard.follows(error)) is not None:
+        return other[0], f"error: {other[1]}"
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, MisconfigurationException):
@@ -337,8 +349,6 @@ def _judge(error: BaseException | None, end: RunEnd, guard: RankGuard) -> tuple[
             return end.exit_code, "interrupted"
         code = 128 + error.number if isinstance(error, StopRequested) else error.code
         return code if isinstance(code, int) else int(code is not None), ""
-    if (other := guard.follows(error)) is not None:
-        return EXIT_CODE, f"error: {other}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return 2, (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from calibri_lightning.errors import UserError
+from calibri_lightning.errors import EchoError
 from calibri_lightning.evaluation.diversity import THUMBNAIL, Diversity, measure_diversity, thumbnails
 from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.sampling.noise import TEST_STEP
@@ -39,7 +39,7 @@ def diversities(
         One `Diversity` a condition; none without prompts.
 
     Raises:
-        UserError: If the features of a reward fail, here or on another rank.
+        UserError: If the features of a reward fail, here or on another rank (`EchoError`).
     """
     if not prompts:
         return ()
@@ -66,7 +66,7 @@ def _measure(module: CalibriModule, way: Way, batch: PromptBatch, samples: int) 
     if failure is not None:
         raise failure
     if failures.item():
-        raise UserError("Measuring diversity failed on another rank, whose own message says why.")
+        raise EchoError("Measuring diversity failed on another rank, whose own message says why.")
     # Each row was made by one rank and is 0 on the others.
     table = _sum(module, table).reshape(-1, samples, columns)
     pictures, features = table[..., :num_pixels], table[..., num_pixels:]
@@ -81,7 +81,7 @@ def _describe(module: CalibriModule, way: Way, batch: PromptBatch, table: Tensor
     candidate, late = way.candidate, module.engine.lockstep.late()
     with module.trainer.precision_plugin.forward_context(), module.policy.using(candidate.weights):
         for cells, images in module.engine.evaluator.images(
-            candidate.theta[None], batch.prompts, seeds, way.num_steps, None, *ranks
+            candidate.theta[None], batch.prompts, seeds, way.num_steps, None, *ranks, module.pulse.note
         ):
             if late.is_there:
                 continue

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises."""
+"""The exceptions that a user's mistake raises: on the rank that meets it, and on the others."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     The message says, in this order, what was given, what the rule is and how to fix it.
     """
+
+
+class EchoError(UserError):
+    """What a rank raises because another one has failed: that one says why."""

@@ -431,7 +431,7 @@ class CalibriModule(LightningModule):
         """Draws this rank's share of the prompts; picture [3, H, W] on the CPU by the position of its prompt."""
         ranks = (self.trainer.global_rank, self.trainer.world_size)
         units = self.engine.evaluator.images(
-            candidate.theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks
+            candidate.theta[None], batch.prompts, self.noise_seeds(batch), num_steps, None, *ranks, self.pulse.note
         )
         # Outside of its steps the trainer does not set up a mixed precision, in which the scored pictures are drawn.
         with self.trainer.precision_plugin.forward_context(), self.policy.using(candidate.weights):

@@ -17,6 +17,7 @@ from calibri_lightning.backbones.native import Native
 from calibri_lightning.bench.models import twin
 from calibri_lightning.calibration import attach, build_layout, find_sites
 from calibri_lightning.engine import Engine
+from calibri_lightning.launch.pulse import Pulse
 from calibri_lightning.prompts import Prompt, PromptBatch
 from calibri_lightning.rewards.blend import Blend
 from calibri_lightning.rewards.watch import Watch
@@ -108,11 +109,13 @@ class Trainee:
         self.seed, self.num_steps, self.run_dir = 0, strategy.settings.num_steps or 1, Path()
         self.judged_by: Mapping[str, str | int] = {}
         self.validates = False
+        self.pulse = Pulse()
         # One process, which no stop rule of a trainer ends.
         self.trainer = SimpleNamespace(
             global_rank=0,
             world_size=1,
             max_steps=_ENDLESS,
+            lightning_module=self,
             should_stop=False,
             strategy=SimpleNamespace(broadcast=lambda value, src=0: value),
         )

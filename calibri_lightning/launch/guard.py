@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from calibri_lightning.launch.watch import EXIT_CODE, GRACE, PATIENCE, RankWatch, failed_rank, tell_failure
+from calibri_lightning.errors import EchoError
+from calibri_lightning.launch.watch import EXIT_CODE, GRACE, PATIENCE, Failure, RankWatch, failed_rank, tell_failure
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
@@ -79,28 +80,33 @@ class RankGuard(Callback):
         self._watch = RankWatch(theirs, self._rank, self._world_size, self.patience)
         self._watch.start()
 
-    def follows(self, error: BaseException) -> str | None:
+    @property
+    def is_active(self) -> bool:
+        """Whether there are other ranks."""
+        return self._watch is not None
+
+    def follows(self, error: BaseException) -> tuple[int, str] | None:
         """Tells whether an error here is but the echo of another rank's.
 
         Args:
             error: What was raised here.
 
         Returns:
-            What became of that rank; None where no other rank has failed.
+            Exit code, and what became of that rank; None where no other rank has failed.
         """
-        if self._store is None:
+        if self._store is None or not (isinstance(error, EchoError) or _is_lost_connection(error)):
             return None
-        lost = _is_lost_connection(error)
         deadline = time.monotonic() + GRACE / 2
         while time.monotonic() < deadline:
             try:
                 failure = failed_rank(self._store)
             except Exception:  # rank 0 is gone, and with it the store
-                return "rank 0 is gone, without a word"
+                return EXIT_CODE, "Rank 0 is gone, without a word."
             if failure is not None:
-                return None if failure[0] == self._rank else f"rank {failure[0]} ended: {failure[1]}"
+                mine = failure.rank == self._rank
+                return None if mine else (failure.code, f"Rank {failure.rank} ended: {failure.message}")
             time.sleep(0.1)
-        return f"another rank is gone, without a word ({error})" if lost else None
+        return EXIT_CODE, f"Another rank is gone, without a word ({error})."
 
     def leave(self, code: int, message: str) -> None:
         """Ends the watch; where the run failed here, the others are told first.
@@ -114,7 +120,7 @@ class RankGuard(Callback):
         self._watch.stop()
         with suppress(Exception):  # rank 0 may be gone
             if code not in (0, EXIT_CODE):
-                tell_failure(self._store, self._rank, message)
+                tell_failure(self._store, Failure(self._rank, code, message))
             self._store.add("left", 1)
             # Who has the store stays until the others have read it.
             deadline = time.monotonic() + 2 * GRACE

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+STARTING = "starting"
+"""The stage before the first beat."""
+
 
 class StopRequested(Exception):
     """Ends a run at a place from which it goes on exactly; raised on all ranks together.
@@ -37,7 +40,8 @@ class Pulse:
     """Notes what the rank is doing; another thread reads it."""
 
     def __init__(self) -> None:
-        self.reading = Reading("starting", 0, False)
+        # Loading, encoding and compiling take as long as they take, and say nothing meanwhile.
+        self.reading = Reading(STARTING, 0, True)
         """Replaced as a whole, so that a reader in another thread never sees half of it."""
         self.stop = 0
         """The signal that asked the run to stop; 0 for none."""

@@ -13,10 +13,11 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from calibri_lightning.launch.pulse import Pulse, Reading, Stopwatch
+from calibri_lightning.launch.pulse import STARTING, Pulse, Reading, Stopwatch
 from calibri_lightning.ranks import print_once
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 EXIT_CODE = 75
 """Of a rank that ends because of another one; "temporary failure" in sysexits.h: start it again."""
-PATIENCE = 1800.0
-"""Default of --rank_timeout, seconds: longer than any unit of pictures should take."""
+PATIENCE = 1200.0
+"""Default of --rank_timeout, seconds: longer than a unit of pictures should take, and less than the 1800 s after which
+torch ends a collective without a word of who was late."""
 GRACE = 10.0
 """Seconds that a rank has to end by itself after another one has failed."""
 
@@ -40,6 +42,18 @@ class Sign:
     """Rises as long as its process lives."""
     where: str
     """Its machine and process."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank says that fails before all others."""
+
+    rank: int
+    """That rank."""
+    code: int
+    """Its exit code, which the others take over: who looks at one of them alone knows what happened."""
+    message: str
+    """Why."""
 
 
 class _Watched:
@@ -59,6 +73,10 @@ class _Watched:
     def waits(self) -> bool:
         return self.sign is not None and self.sign.reading.waiting
 
+    @property
+    def starts(self) -> bool:
+        return self.sign is not None and self.sign.reading.stage == STARTING
+
     def describe(self, rank: int, patience: float) -> str:
         if self.sign is None:
             return f"Rank {rank} has not started"
@@ -76,8 +94,8 @@ class RankWatch(threading.Thread):
         world_size: Number of ranks.
         patience: Seconds without progress after which a rank counts as hung; 0 to report nothing.
         interval: Seconds between two looks; by default 2, and less where the patience is short.
-        give_up: Called with the message when ranks hang or one has failed; by default it prints the message and ends
-            the process, which may be stuck where no exception reaches it.
+        give_up: Called with message and exit code when ranks hang or one has failed; by default it prints the message
+            and ends the process, which may be stuck where no exception reaches it.
     """
 
     def __init__(
@@ -87,14 +105,14 @@ class RankWatch(threading.Thread):
         world_size: int,
         patience: float,
         interval: float | None = None,
-        give_up: Callable[[str], None] | None = None,
+        give_up: Callable[[str, int], None] | None = None,
     ) -> None:
         super().__init__(name="calibri-watch", daemon=True)
         self.patience, self.pulse = patience, Pulse()
         self._store, self._rank, self._interval, self._give_up = store, rank, interval, give_up or _end_process
         self._ranks = [_Watched() for _ in range(world_size)]
         self._over = threading.Event()
-        self._failure, self._silence, self._ticks = Stopwatch(), Stopwatch(), 0
+        self._failure, self._silence, self._ticks, self._code = Stopwatch(), Stopwatch(), 0, EXIT_CODE
 
     def run(self) -> None:
         """Looks, until the run is over."""
@@ -108,7 +126,9 @@ class RankWatch(threading.Thread):
                 if silent < max(self.patience, GRACE):
                     problem = None
             if problem is not None and not self._over.is_set():
-                self._give_up(problem)
+                with suppress(Exception):  # rank 0 may be gone
+                    self._store.add("left", 1)
+                self._give_up(problem, self._code)
                 return
             self._over.wait(self._interval or min(2.0, (self.patience or PATIENCE) / 10))
 
@@ -122,9 +142,12 @@ class RankWatch(threading.Thread):
         sign = Sign(self.pulse.reading, self._ticks, f"{os.uname().nodename}, process {os.getpid()}")
         self._store.set(f"rank{self._rank}", json.dumps(asdict(sign)))
         failure = failed_rank(self._store)
-        if failure is not None and failure[0] != self._rank:
+        if failure is not None and failure.rank != self._rank:
             # What comes through a collective ends this rank by itself, and tidily.
-            return f"Rank {failure[0]} ended: {failure[1]}" if self._failure.seconds(failure) >= GRACE else None
+            if self._failure.seconds(failure) < GRACE:
+                return None
+            self._code = failure.code
+            return f"Rank {failure.rank} ended: {failure.message}"
         if not self.patience:
             return None
         for rank, watched in enumerate(self._ranks):
@@ -138,7 +161,7 @@ class RankWatch(threading.Thread):
                     "disk, a GPU), and start again with --ckpt_path auto. If a step may take that long, raise "
                     "--rank_timeout."
                 )
-        least = min(watched.still for watched in self._ranks)
+        least = min(0.0 if watched.starts else watched.still for watched in self._ranks)
         if least > self.patience:
             return (
                 f"All ranks have waited for each other for {least:.0f} s: their collectives do not fit together, which "
@@ -154,36 +177,35 @@ class RankWatch(threading.Thread):
         return Sign(Reading(**found["reading"]), found["ticks"], found["where"])
 
 
-def failed_rank(store: Store) -> tuple[int, str] | None:
+def failed_rank(store: Store) -> Failure | None:
     """Reads which rank has failed.
 
     Args:
         store: Where the ranks tell each other.
 
     Returns:
-        The first that said so, and its message; None where there is none.
+        What the first said that did; None where there is none.
     """
     if not store.check(["failed"]):
         return None
-    rank, _, message = store.get("failed").decode().partition(" ")
-    return int(rank), message
+    rank, code, message = store.get("failed").decode().split(" ", 2)
+    return Failure(int(rank), int(code), message)
 
 
-def tell_failure(store: Store, rank: int, message: str) -> None:
+def tell_failure(store: Store, failure: Failure) -> None:
     """Says that a rank has failed; what is known is the first failure, for others follow from it.
 
     Args:
         store: Where the ranks tell each other.
-        rank: That rank.
-        message: Why.
+        failure: What happened.
     """
     if store.add("failures", 1) == 1:
-        store.set("failed", f"{rank} {message}")
+        store.set("failed", f"{failure.rank} {failure.code} {failure.message}")
 
 
-def _end_process(message: str) -> None:
+def _end_process(message: str, code: int) -> None:
     print_once(f"error: {message}")
     sys.stdout.flush()
     sys.stderr.flush()
     # The main thread may be stuck in a collective, where no exception reaches it.
-    os._exit(EXIT_CODE)
+    os._exit(code)

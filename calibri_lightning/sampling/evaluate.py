@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calibri_lightning.calibration.scales import Rows
-from calibri_lightning.errors import UserError
+from calibri_lightning.errors import EchoError, UserError
 from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.sampling.frames import middle_frame
 from calibri_lightning.sampling.grid import Cell, Evaluation, Grid, UnitResult, cut_units
@@ -151,7 +151,7 @@ class Evaluator:
             raise failure
         self._agree(all_at_once, rank)
         if grid.failed:
-            raise UserError("Scoring failed on another rank, whose own message says why. Fix that and run again.")
+            raise EchoError("Scoring failed on another rank, whose own message says why. Fix that and run again.")
         if grid.stop:
             raise StopRequested(grid.stop)
         fresh = [cell for index in todo for cell in units[index]]
@@ -193,6 +193,7 @@ class Evaluator:
         cells: NDArray[np.bool_] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        beat: Callable[[str], None] | None = None,
     ) -> Iterator[tuple[tuple[Cell, ...], Tensor]]:
         """Makes pictures without scoring them.
 
@@ -204,6 +205,7 @@ class Evaluator:
             cells: Which cells to draw, bool [K, S]; all by default.
             rank: This process; it does every world_size-th unit.
             world_size: Number of processes.
+            beat: Told before each of this rank's units what comes next.
 
         Yields:
             The cells of a unit and its pictures, float32 [B, 3, H, W] in 0..1; the middle frames of videos. Where ranks
@@ -214,6 +216,8 @@ class Evaluator:
         units = cut_units(wanted, self.cells_per_unit, self.balance_over)
         for turn in self._turns(range(len(units)), rank, world_size):
             unit = units[turn.unit]
+            if beat is not None:
+                beat(f"drawing unit {turn.unit + 1} of {len(units)}")
             images = middle_frame(self._draw(unit, rows, prompts, seeds, num_steps)[0])
             if turn.counts:
                 yield unit, images

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from calibri_lightning.errors import UserError
+from calibri_lightning.errors import EchoError
 
 
 class Turn(NamedTuple):
@@ -67,14 +67,14 @@ class Lockstep:
             Nothing.
 
         Raises:
-            UserError: If another rank has left.
+            EchoError: If another rank has left.
         """
         try:
             yield
         except BaseException as error:
             self.is_lost = self.binds
             if self.is_lost and _is_broken_connection(error):
-                raise UserError(
+                raise EchoError(
                     "Another rank that holds the model together with this one has left; its own message says why. Fix "
                     "that and run again."
                 ) from error

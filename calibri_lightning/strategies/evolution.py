@@ -6,6 +6,7 @@ all ranks then share the evaluation and keep the same history. A generation is o
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from calibri_lightning.arrays import Floats, means
 from calibri_lightning.errors import UserError
 from calibri_lightning.launch.agreement import require_same_bits
+from calibri_lightning.prompts import fingerprint
 from calibri_lightning.sampling.sharing import Request
 from calibri_lightning.strategies.base import BestVector, CalibratedModule, Candidate
 from calibri_lightning.strategies.budget import SearchBudget, StopRules
@@ -148,10 +150,13 @@ class EvolutionStrategy(TurnStrategy, SearchPlan):
         """Evaluates the candidates."""
         assert self._generation is not None, "training_step before on_train_batch_start"
         assert self._ledger is not None
+        number = self._generation.number
         judged = evaluate(self._core, self._ledger, module, batch, self._generation)
         if module.trainer.world_size > 1:
-            bits = digest(self._generation.thetas.tobytes(), judged.rewards.tobytes())
-            require_same_bits(module.gather, f"rewards in generation {self._generation.number}", int(bits, 16))
+            # What each rank knows by itself is in it: one that read another checkpoint draws other prompts.
+            place = json.dumps([self.generation, fingerprint(batch.prompts), list(module.noise_seeds(batch))])
+            bits = digest(self._generation.thetas.tobytes(), judged.rewards.tobytes(), place)
+            require_same_bits(module.gather, f"candidates, prompts or rewards in generation {number}", int(bits, 16))
         if judged.parts is not None:
             module.blend.learn(judged.parts)
         # Without an optimizer this steps Lightning's stand-in, which is what moves global_step and with it

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from calibri_lightning.arrays import means
-from calibri_lightning.errors import UserError
+from calibri_lightning.errors import EchoError, UserError
 from calibri_lightning.launch.agreement import checksum, require_same_bits
 from calibri_lightning.launch.pulse import StopRequested
+from calibri_lightning.prompts import fingerprint
 from calibri_lightning.sampling.sharing import Request
 from calibri_lightning.strategies.advantages import Advantages, advantages
 from calibri_lightning.strategies.base import CalibratedModule
 from calibri_lightning.strategies.groups import Slots, parts
+from calibri_lightning.strategies.ledger import digest
 from calibri_lightning.strategies.policy_run import PolicyRun
 from calibri_lightning.strategies.rollouts import Drawn, Rollout, roll_out_units
 from calibri_lightning.strategies.rounds import GenerationReport
@@ -148,7 +150,9 @@ class PolicyStrategy(PolicyRun, Generic[T]):
             self.after_updates(module)
             if module.trainer.world_size > 1:
                 bits = checksum(module.policy.parameters().values())
-                require_same_bits(module.gather, f"parameters after step {self.steps + 1}", bits)
+                # What each rank knows by itself is in it: one that read another checkpoint draws other prompts.
+                place = int(digest(fingerprint(batch.prompts), str(self.steps)), 16)
+                require_same_bits(module.gather, f"parameters or prompts after step {self.steps + 1}", bits + place)
         # Without an optimizer of the trainer's this steps Lightning's stand-in, which is what moves global_step, once a
         # training step; it counts only inside training_step (lightning 2.6.6, issue #20674).
         module.optimizers().step()
@@ -257,7 +261,7 @@ class PolicyStrategy(PolicyRun, Generic[T]):
         if failure is not None:
             raise failure
         if failed:
-            raise UserError("Training failed on another rank; its own message says why. Fix that and run again.")
+            raise EchoError("Training failed on another rank; its own message says why. Fix that and run again.")
         if stop:
             raise StopRequested(int(stop))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibri_lightning.arrays import Floats
-from calibri_lightning.errors import UserError
+from calibri_lightning.errors import EchoError, UserError
 from calibri_lightning.evaluation.diversity import pixel_distance, thumbnails
 from calibri_lightning.launch.pulse import StopRequested
 from calibri_lightning.sampling.frames import middle_frame
@@ -134,7 +134,7 @@ def roll_out_units(
     if failure is not None:
         raise failure
     if grid.failed:
-        raise UserError("Another rank could not make its pictures; its own message says why. Fix that and run again.")
+        raise EchoError("Another rank could not make its pictures; its own message says why. Fix that and run again.")
     if grid.stop:
         raise StopRequested(grid.stop)
     each = dict(zip(grid.names, grid.values[1:, 0], strict=True))

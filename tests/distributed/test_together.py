@@ -106,9 +106,9 @@ def test_a_full_disk_on_rank_0_ends_all(pair: Pair, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(checkpoint, "replacing", full)
     codes, log = pair()
-    assert codes == [2, 75], log
+    assert codes == [2, 2], log
     assert "The checkpoint cannot be written to" in log
-    assert "ank 0 ended: error: The checkpoint cannot be written" in log
+    assert "Rank 0 ended: error: The checkpoint cannot be written" in log
     assert "Traceback" not in log
 
 
@@ -123,8 +123,8 @@ def test_a_defect_on_one_rank_ends_all(pair: Pair, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(EvolutionStrategy, "_publish", broken)
     codes, log = pair()
-    assert codes == ([1, 75] if rank == 0 else [75, 1]), log
-    assert f"ank {rank} ended: ZeroDivisionError('nobody foresaw this')" in log
+    assert codes == [1, 1], log
+    assert f"Rank {rank} ended: ZeroDivisionError('nobody foresaw this')" in log
 
 
 def test_a_hung_rank_is_named_and_all_end(pair: Pair) -> None:
@@ -138,4 +138,4 @@ def test_ranks_that_drift_apart_are_stopped(pair: Pair, monkeypatch: pytest.Monk
     monkeypatch.setattr(GradientStep, "_sum_over_ranks", lambda *_: None)
     codes, log = pair(*GRPO)
     assert codes == [2, 2], log
-    assert "Rank(s) 1 of 2 have other parameters after step 1 than rank 0" in log
+    assert "Rank(s) 1 of 2 have other parameters or prompts after step 1 than rank 0" in log

@@ -35,9 +35,11 @@ from calibri_lightning.evaluation import (
     to_json,
     verdict,
 )
+from calibri_lightning.launch.pulse import Pulse
 from calibri_lightning.prompts import Prompt
 from calibri_lightning.rewards import RewardSet
 from calibri_lightning.sampling.evaluate import Evaluator
+from calibri_lightning.sampling.lockstep import Lockstep
 from calibri_lightning.sampling.noise import TEST_STEP, noise_seed
 from calibri_lightning.strategies.base import Candidate
 
@@ -174,8 +176,10 @@ def test_a_run_measures_the_samples_of_its_first_test_prompts(
 class Pictures:
     """Draws grey pictures, one a unit, whose level tells their slot; every rank its own."""
 
-    def images(self, thetas: Any, prompts: Any, seeds: Any, num_steps: int, cells: Any, rank: int, world_size: int):
+    def images(self, thetas: Any, prompts: Any, seeds: Any, num_steps: int, cells: Any, *rest: Any):
+        rank, world_size, beat = rest
         for slot in range(rank, len(prompts), world_size):
+            beat("drawing")
             yield (SimpleNamespace(slot=slot),), torch.full((1, 3, 8, 8), slot / len(prompts))
 
 
@@ -195,7 +199,8 @@ def fake_module(rank: int, others: dict[int, list[torch.Tensor]], failing: int =
         device=torch.device("cpu"),
         rewards=SimpleNamespace(features=features),
         noise_seeds=lambda batch: [0] * len(batch.prompts),
-        engine=SimpleNamespace(evaluator=Pictures()),
+        engine=SimpleNamespace(evaluator=Pictures(), lockstep=Lockstep()),
+        pulse=Pulse(),
         policy=SimpleNamespace(using=lambda weights: nullcontext()),
         trainer=SimpleNamespace(
             global_rank=rank,

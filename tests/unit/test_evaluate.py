@@ -341,17 +341,18 @@ def test_a_grid_travels_and_ranks_join_theirs() -> None:
     for rank, part in enumerate(parts):
         cell = Cell(rank % 2, rank)
         part.put(UnitResult(rank, 3, (cell,), np.array([rank]), {name: np.array([10 + rank]) for name in names}), 4)
-        part.at_once = 6 - rank
+        part.at_once, part.stop = 6 - rank, 15 * (rank == 1)
     packed = [part.pack() for part in parts]
-    assert {vector.shape for vector in packed} == {(4 + 3 * 6,)}, "four numbers and the values"
+    assert {vector.shape for vector in packed} == {(5 + 3 * 6,)}, "five numbers and the values"
     read = [Grid.unpack(vector, names, shape) for vector in packed]
     for part, copy in zip(parts, read, strict=True):
         np.testing.assert_array_equal(part.values, copy.values)
-        kept = ("names", "num_images", "num_forwards", "failed", "at_once")
+        kept = ("names", "num_images", "num_forwards", "failed", "at_once", "stop")
         assert all(getattr(part, name) == getattr(copy, name) for name in kept)
     whole = Grid.merge(read, {Cell(rank % 2, rank): rank for rank in range(3)})
     assert [whole.values[0, rank % 2, rank] for rank in range(3)] == [0, 1, 2]
     assert (whole.num_images, whole.num_forwards, whole.failed, whole.at_once) == (3, 12, False, 4)
+    assert whole.stop == 15
     # Where nothing bounds a rank, it has no say.
     parts[2].at_once = 0
     assert Grid.merge(parts, {}).at_once == 5

@@ -11,20 +11,23 @@ from torch.distributed import HashStore
 from calibri_lightning.launch import watch as watching
 from calibri_lightning.launch.guard import RankGuard
 from calibri_lightning.launch.pulse import Pulse, StopRequested, Stopwatch
-from calibri_lightning.launch.watch import RankWatch, failed_rank, tell_failure
+from calibri_lightning.launch.watch import EXIT_CODE, Failure, RankWatch, failed_rank, tell_failure
 
 
 class Watches:
     """The watches of all ranks, in this process."""
 
     def __init__(self, count: int, patience: float) -> None:
-        self.store, self.said = HashStore(), []
+        self.store, self.said, self.codes = HashStore(), [], []
         self.watches = [
-            RankWatch(self.store, rank, count, patience, interval=0.01, give_up=self.said.append)
-            for rank in range(count)
+            RankWatch(self.store, rank, count, patience, interval=0.01, give_up=self.give_up) for rank in range(count)
         ]
         for watch in self.watches:
             watch.start()
+
+    def give_up(self, message: str, code: int) -> None:
+        self.codes.append(code)
+        self.said.append(message)
 
     def messages(self, seconds: float = 10.0) -> list[str]:
         """What was said, once there is something."""
@@ -57,6 +60,7 @@ def test_the_rank_that_makes_no_progress_is_named_and_not_those_that_wait_for_it
     assert said.startswith("Rank 1 (")
     assert "makes no progress; it is drawing unit 3 of 8" in said
     assert "--rank_timeout" in said
+    assert set(three.codes) == {EXIT_CODE}
 
 
 def test_a_rank_of_which_nothing_is_heard_is_named(watches) -> None:
@@ -80,7 +84,7 @@ def test_ranks_that_all_wait_for_each_other_are_a_defect(watches) -> None:
 def test_a_rank_that_never_came_is_named(watches) -> None:
     store = HashStore()
     said: list[str] = []
-    alone = RankWatch(store, 0, 2, 0.3, interval=0.01, give_up=said.append)
+    alone = RankWatch(store, 0, 2, 0.3, interval=0.01, give_up=lambda message, _: said.append(message))
     alone.start()
     with alone.pulse.waiting():
         alone.join(timeout=10)
@@ -101,13 +105,15 @@ def test_the_first_failure_is_told_to_the_others(watches, monkeypatch: pytest.Mo
     monkeypatch.setattr(watching, "GRACE", 0.1)
     three = watches(3, 0)
     assert failed_rank(three.store) is None
-    tell_failure(three.store, 1, "error: no such file")
-    tell_failure(three.store, 2, "error: the connection was lost")
-    assert failed_rank(three.store) == (1, "error: no such file")
+    first = Failure(1, 2, "error: no such file")
+    tell_failure(three.store, first)
+    tell_failure(three.store, Failure(2, 75, "error: the connection was lost"))
+    assert failed_rank(three.store) == first
     deadline = time.monotonic() + 10
     while len(three.said) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert three.said == ["Rank 1 ended: error: no such file"] * 2, "the rank itself needs no telling"
+    assert three.codes == [2, 2], "all end with its code"
 
 
 def test_a_store_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +123,7 @@ def test_a_store_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(watching, "GRACE", 0.1)
     said: list[str] = []
-    watch = RankWatch(Gone(), 1, 2, 0.1, interval=0.01, give_up=said.append)
+    watch = RankWatch(Gone(), 1, 2, 0.1, interval=0.01, give_up=lambda message, _: said.append(message))
     watch.start()
     watch.join(timeout=10)
     assert "Rank 0, at which the ranks meet, has not answered" in said[0]

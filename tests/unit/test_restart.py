@@ -13,7 +13,7 @@ from tiny_runs import Capture, TinyRuns, forked
 
 from calibri_lightning.checkpoint import LAST, PREVIOUS, CheckpointFiles, is_whole
 from calibri_lightning.errors import UserError
-from calibri_lightning.launch.restart import newest_checkpoint
+from calibri_lightning.launch.restart import is_of_this_launch, newest_checkpoint, record_attempt
 from calibri_lightning.ranks import LAUNCH
 from calibri_lightning.resume import KEY
 
@@ -68,7 +68,7 @@ def test_restarts_of_torchrun_go_on_as_auto_does(
 
 def test_auto_without_a_run_to_test_is_refused(runs: TinyRuns, capsys: Capture) -> None:
     assert runs("test", "nothing", "--ckpt_path=auto") == 2
-    assert "no whole checkpoint under" in capsys.readouterr().err
+    assert "no whole checkpoint of a run named nothing" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs: TinyRuns, capsys: Capture) -> None:
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs: TinyRuns, capsy
     assert runs("fit", "cut", *STEPS, f"--ckpt_path={last(path)}") == 2
     error = capsys.readouterr().err
     assert f"{last(path)} is no checkpoint, or it is damaged" in error
-    assert newest_checkpoint(path.parent) is None
+    assert newest_checkpoint(runs.folder, "cut") is None
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
@@ -105,21 +105,38 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
 
 def test_the_newest_attempt_that_got_somewhere_is_found(tmp_path: Path) -> None:
     files = CheckpointFiles()
-    assert newest_checkpoint(tmp_path / "none") is None
+    assert newest_checkpoint(tmp_path, "none") is None
     for number in (0, 2, 10):
-        folder = tmp_path / f"version_{number}" / "checkpoints"
+        folder = tmp_path / "run" / f"version_{number}" / "checkpoints"
         for step in (1, 2):
             files.save_checkpoint({KEY: {}, "state_dict": {}, "global_step": 100 * number + step}, folder / LAST)
-    (tmp_path / "version_11").mkdir()
-    (tmp_path / "version_old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "version_11").mkdir()
+    (tmp_path / "run" / "version_old" / "checkpoints").mkdir(parents=True)
 
     def step() -> int:
-        found = newest_checkpoint(tmp_path)
+        found = newest_checkpoint(tmp_path, "run")
         assert found is not None
         return int(files.load_checkpoint(found)["global_step"])
 
     assert step() == 1002
-    damage(tmp_path / "version_10" / "checkpoints" / LAST)
+    damage(tmp_path / "run" / "version_10" / "checkpoints" / LAST)
     assert step() == 1001
-    (tmp_path / "version_10" / "checkpoints" / PREVIOUS).unlink()
+    (tmp_path / "run" / "version_10" / "checkpoints" / PREVIOUS).unlink()
     assert step() == 202
+
+
+def test_attempts_in_places_of_other_loggers_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = CheckpointFiles()
+    for number, launch in enumerate(("one", "two", "two")):
+        monkeypatch.setenv(LAUNCH, launch)
+        folder = tmp_path / "elsewhere" / str(number)
+        record_attempt(tmp_path / "root", "run", folder)
+        assert is_of_this_launch(tmp_path / "root", "run", folder)
+        if number < 2:
+            files.save_checkpoint({KEY: {}, "state_dict": {}}, folder / "checkpoints" / LAST)
+    with (tmp_path / "root" / "run.attempts.jsonl").open("a") as notes:
+        notes.write('{"folder": "/cut')
+    found = [newest_checkpoint(tmp_path / "root", "run", launch) for launch in (None, "one", "two", "three")]
+    places = [None if path is None else path.parts[-3] for path in found]
+    assert places == ["1", "0", "1", None]
+    assert not is_of_this_launch(tmp_path / "root", "run", tmp_path / "elsewhere" / "0")

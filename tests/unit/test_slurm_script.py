@@ -17,9 +17,15 @@ CONFIG = "configs/sd35_medium/flow_grpo.yaml"
 FAKE = '#!/bin/bash\nprintf "%s\\n" "$@" > "$FAKES/{name}.words"\nexit ${{{name}_code:-0}}\n'
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (EXIT_CODE, True), (138, True), (137, True)])
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [
+        *((0, 0, False), (1, 0, False), (2, 0, False), (143, 0, False), (137, 9, True), (137, 10, False)),
+        *((138, 0, True), (138, 99, True), (EXIT_CODE, 0, True), (EXIT_CODE, 10, False)),
+    ],
+)
 def test_what_was_cut_off_is_queued_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, again: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, restarts: int, again: bool
 ) -> None:
     for name in ("srun", "scontrol"):
         (tmp_path / name).write_text(FAKE.format(name=name))
@@ -29,6 +35,7 @@ def test_what_was_cut_off_is_queued_again(
         "FAKES": str(tmp_path),
         "srun_code": str(code),
         "SLURM_JOB_ID": "77",
+        "SLURM_RESTART_COUNT": str(restarts),
         "SLURM_JOB_NUM_NODES": "2",
     }
     words = ["bash", str(SCRIPT), CONFIG, "--name", "my run"]
