@@ -53,7 +53,7 @@ def test_a_unit_that_does_not_fit_on_one_rank_ends_all(
     log = (tmp_path / "log").read_text()
     assert "2 pictures of a unit do not fit into the memory" in log
     assert "lower strategy.pictures_per_unit" in log
-    assert "Another rank could not make its pictures" in log
+    assert "ended: error: 2 pictures of a unit do not fit" in log
     assert "Traceback" not in log
 
 

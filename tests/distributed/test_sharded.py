@@ -195,7 +195,7 @@ def test_memory_that_runs_out_on_one_rank_ends_all(
     log = (tmp_path / "log").read_text()
     assert codes == [2, 2], log
     assert "Lower model.rows_per_forward" in log
-    assert "has left" in log
+    assert "ended: error: " in log
     assert "Traceback" not in log
 
 

@@ -77,8 +77,18 @@ def test_a_rank_of_which_nothing_is_heard_is_named(watches) -> None:
 
 def test_ranks_that_all_wait_for_each_other_are_a_defect(watches) -> None:
     two = watches(2, 0.3)
+    for watch in two.watches:
+        watch.pulse.note("drawing")
     with two.watches[0].pulse.waiting(), two.watches[1].pulse.waiting():
         assert "collectives do not fit together" in two.messages()[0]
+
+
+def test_loading_takes_as_long_as_it_takes(watches) -> None:
+    two = watches(2, 0.3)
+    time.sleep(1.0)
+    with two.watches[0].pulse.waiting():
+        time.sleep(0.6)
+    assert two.said == []
 
 
 def test_a_rank_that_never_came_is_named(watches) -> None:
